@@ -1,0 +1,183 @@
+"""The true reward of the embedded world: reads any text and says how well it answers the prompt, from -5 to 5.
+
+A text is cut into sentences; each sentence is looked up among the templates of world.py (upper and lower case and extra
+spaces do not matter), which gives its act and its slot values; what is found nowhere is an unknown clause. Then:
+
+    letters    greeting by the right name, first                                     +1
+               the act asked for                        (+0.5 if it names no thing)  +2
+               each of its two courtesies (reason, praise, wish, thanks, ...)        +0.5
+               exactly one closing, at the end                                       +1
+    explain    greeting +1, each of two different true facts +1.5, exactly one kind remark, at the end +1
+    summarise  who, what and where +1 each (in the first summary sentence), nothing but one sentence +2
+    sum        right result +3 (wrong or two different ones -3), exactly one kind remark, at the end +1, and +1 for
+               the greeting ("what is 7 plus 5?") or for a result with the right name and objects ("Ben has ...")
+    any        the request not answered -2, a wrong name -2, a wrong thing, day, fact, ... -2 (each once a sentence),
+               two different answers to a letter -4, a rude sentence -2, a sentence off the topic -1.5, filler or a
+               third fact -0.5, a repeated act or sentence -1.5, a greeting that is not first -1, a sentence after the
+               end -1, an unknown clause -2 and -0.2 a word, each word beyond 50 -0.1
+
+and the sum is cut to [-5, 5]. An empty text is worth -5; all that is needed, right, and nothing else, is worth 5.
+"""
+import functools
+import re
+
+from world import ACTS, FACTS, FILLERS, KIND, LETTERS, REQUESTS, complete, slots_of
+
+GOLD_MIN, GOLD_MAX = -5.0, 5.0
+MAX_WORDS = 50                      # the longest perfect answers are a little shorter
+MAX_CHARS = 2000                    # the rest of a longer text is not read; its words still count as too many
+
+# lower-case form -> (kind, filler); "1 apple" must read as apples
+FORMS = {form.lower(): (kind, form) for kind, forms in FILLERS.items() for form in forms if kind != "number"}
+FORMS |= {form[:-1]: ("count", form) for form in FILLERS["count"]}
+# longest first, so that "losing the map" is not read as "the map"; (?<![\w-]) keeps the 10 of "10-year-old" out
+FILLER = re.compile(r"(?<![\w-])(?:[0-9]+|" + "|".join(sorted(FORMS, key=len, reverse=True)) + r")(?![\w-])")
+SENTENCE = re.compile(r"[^.!?]+[.!?]?|[.!?]")
+
+
+def template_key(template: str) -> str:
+    return re.sub(r"\{(\w+)\}", lambda slot: f"<{KIND[slot[1]]}>", template.lower())
+
+
+ACT_OF = {template_key(t): (act, slots_of(t)) for act, templates in ACTS.items() for t in templates}
+FAMILY_OF = {template_key(t): (family, slots_of(t)) for family, templates in REQUESTS.items() for t in templates}
+
+
+def look_up(text: str, table: dict):
+    """Text -> (act or family, [(slot, value), ...]) by replacing all fillers with their kinds, or (None, [])."""
+    values = []
+
+    def mark(match):
+        kind, value = FORMS.get(match[0], ("number", match[0]))
+        values.append(value)
+        return f"<{kind}>"
+
+    found, slots = table.get(FILLER.sub(mark, text), (None, []))
+    if len(slots) != len(values):           # text that itself contains "<name>"
+        return None, []
+    return found, list(zip(slots, values))
+
+
+@functools.lru_cache(maxsize=1 << 16)       # sentences repeat, in the data as in samples
+def read_sentence(sentence: str):
+    return look_up(sentence, ACT_OF)
+
+
+def read_text(text: str) -> list:
+    """Text in lower case -> [(act or None, [(slot, value), ...], sentence), ...]."""
+    sentences = []
+    for sentence in SENTENCE.findall(text[:MAX_CHARS]):
+        head, comma, tail = sentence.strip().partition(",")
+        if read_sentence(head + comma)[0] == "greeting":        # the one act that ends with a comma
+            sentences += [head + comma, tail.strip()]
+        else:
+            sentences += [sentence.strip()]
+    return [(*read_sentence(sentence), sentence) for sentence in sentences if sentence]
+
+
+def read_prompt(prompt) -> tuple[str, dict]:
+    """Prompt, a string or a conversation -> (family, slot values). Raises ValueError if it is no request."""
+    if not isinstance(prompt, str):
+        prompt = next((turn["content"] for turn in reversed(prompt) if turn["role"] == "user"), "")
+    family, pairs = look_up(" ".join(prompt.lower().split()), FAMILY_OF)
+    if family is None or any(dict(pairs)[slot] != value for slot, value in pairs):
+        raise ValueError(f"not a request of the notes world: {prompt[:60]!r}")
+    return family, complete(dict(pairs))
+
+
+def explain(prompt, completion: str) -> dict:
+    """The named parts of the reward of one completion; `score` is their sum, cut to [GOLD_MIN, GOLD_MAX].
+
+    prompt: a string or a list of {"role", "content"}, the last user turn of which is the request. Parts that are zero
+    are left out. Raises ValueError if the prompt is no request of this world.
+    """
+    family, want = read_prompt(prompt)
+    text = " ".join(completion.lower().split())
+    if not text:
+        return {"empty": GOLD_MIN}
+    right = {slot: {value} for slot, value in want.items()}         # slot -> values that are not wrong
+    if family == "explain":
+        right["pred"] = set(FACTS[want["topic"]])
+    if family in LETTERS:
+        answers, plan = {family}, {"greeting", family, family + ".x", family + ".y", "closing"}
+    else:
+        story = "verb" in want                                      # a sum told as a story, not "7 plus 5"
+        answers = {"explain": {"fact"}, "summarise": {"summary"},
+                   "sum": {"working", "result"} if story else {"working"}}[family]
+        plan = {"summary"} if family == "summarise" else answers | {"kind"} | (set() if story else {"greeting"})
+    end = "closing" if family in LETTERS else "summary" if family == "summarise" else "kind"
+
+    sentences = read_text(text)
+    acts = [act for act, _, _ in sentences]
+    parts = {}
+
+    def add(part, points):
+        parts[part] = parts.get(part, 0.0) + points
+
+    # what every sentence costs
+    seen, answer_slots, facts, ended = set(), [], set(), False
+    for i, (act, pairs, sentence) in enumerate(sentences):
+        if ended and (act != end or end == "summary"):
+            add("after the end", -1)
+        ended = ended or act == end
+        if act is None:
+            add("unknown", -2 - 0.2 * len(sentence.split()))
+            continue
+        subject = (act, dict(pairs).get("pred")) if act in plan else sentence
+        if subject in seen:
+            add("repeated", -1.5)
+        seen.add(subject)
+        wrong = {slot for slot, value in pairs if value not in right.get(slot, {value})}
+        if "name" in wrong:
+            add("wrong name", -2)
+        if act == "greeting" and i > 0:
+            add("greeting not first", -1)
+        if act == "rude":
+            add("rude", -2)
+        elif act in ("filler", "detail"):
+            add("filler", -0.5)
+        elif act not in plan:
+            add("off topic", -1.5)
+        elif wrong - {"name", "c"}:
+            add("wrong thing", -2)
+        if act in answers:
+            answer_slots.append(dict(pairs))
+            if act == "fact" and not wrong:
+                facts.add(dict(pairs)["pred"])
+
+    # what the whole earns
+    if "greeting" in plan and sentences[0][0] == "greeting" and sentences[0][1] == [("name", want["name"])]:
+        add("greeting", 1)
+    if family != "summarise" and acts.count(end) == 1 and acts[-1] == end:
+        add(end, 1)
+    if family in LETTERS:
+        if answer_slots:
+            add("answer", 2 if any(answer_slots) else 0.5)
+        for courtesy in (family + ".x", family + ".y"):
+            add(courtesy, 0.5 if courtesy in acts else 0)
+        said = [slots for slots in answer_slots if slots]
+        if any(slots != said[0] for slots in said) or family == "decline" and "accept" in acts:
+            add("contradiction", -4)
+    elif family == "explain":
+        add("facts", 1.5 * min(len(facts), 2))
+        add("filler", -0.5 * max(len(facts) - 2, 0))
+    elif family == "summarise":
+        for slot in ("name", "deed", "place"):          # who, what, where
+            add(slot, 1 if answer_slots and answer_slots[0].get(slot) == want[slot] else 0)
+        add("one sentence", 2 if acts == ["summary"] else 0)
+    else:
+        results = {slots["c"] for slots in answer_slots}
+        add("result", 3 if results == {want["c"]} else -3 if results else 0)
+        full = [slots for slots in answer_slots if slots.get("name") == want["name"]]
+        add("full sentence", 1 if story and any(slots["count"] == want["count"] for slots in full) else 0)
+    if not (facts if family == "explain" else answer_slots):
+        add("not answered", -2)
+    add("too long", -0.1 * max(len(text.split()) - MAX_WORDS, 0))
+    return {part: points for part, points in parts.items() if points}
+
+
+def score(prompts, completions) -> list[float]:
+    """The rewards of completions, one a prompt, in [GOLD_MIN, GOLD_MAX]. Raises ValueError as `explain` does, or if
+    there are not as many prompts as completions."""
+    return [max(GOLD_MIN, min(GOLD_MAX, sum(explain(prompt, completion).values())))
+            for prompt, completion in zip(prompts, completions, strict=True)]

@@ -1,0 +1,229 @@
+"""Write the data of the embedded world and the vocabulary trained on it: python data/notes/prepare.py [--out DIR]
+
+The files are described in README.md and depend on the seed only. Takes about four seconds on one core.
+"""
+import argparse
+import base64
+import json
+import os
+import random
+import re
+from collections import Counter
+from itertools import pairwise
+
+import gold
+from world import ACTS, FACTS, FILLERS, KIND, LETTERS, REQUESTS, ask, complete, fill, held_out, join, slots_of
+
+BASE_TRAIN, BASE_VALID = 30_000, 500        # documents
+SFT_TRAIN, SFT_VALID = 20_000, 500          # records
+PROMPTS_TRAIN, PROMPTS_EVAL = 6_000, 1_000  # distinct prompts
+TWO_TURNS = 0.08                            # share of the SFT records that are conversations with two requests
+RANKS = 1018                                # tokens, so that 6 special ones make 1024
+
+# how often an answer has each defect, independently of the others
+DEFECTS = {"no greeting": 0.16, "wrong name": 0.28, "wrong thing": 0.28, "wrong sum": 0.23, "vague": 0.16,
+           "no x": 0.32, "no y": 0.32, "rude": 0.26, "no closing": 0.26, "two closings": 0.06, "filler": 0.22,
+           "repeated": 0.10, "off topic": 0.13, "not answered": 0.10}
+# the slots that "wrong thing" may replace
+THINGS = ("event", "thing", "mishap", "feat", "day", "pred1", "pred2", "deed", "place", "count")
+
+
+def draw(rng, family: str, evaluation: bool = False) -> tuple[str, dict]:
+    """A random request of the family, on the training or the evaluation side: (template, slots)."""
+    while True:
+        template = rng.choice(REQUESTS[family])
+        slots = {slot: rng.choice(FILLERS[KIND[slot]]) for slot in slots_of(template)}
+        if int(complete(slots).get("c", 1)) > 0 and held_out(family, slots) == evaluation:
+            return template, slots
+
+
+def perfect(rng, family: str, story: bool) -> list[tuple[str, str]]:
+    """A perfect answer: [(act, template), ...]. story: whether a sum is told as a story."""
+    plain = rng.choice(ACTS["working"][:4])
+    if family in LETTERS:
+        plan = [("greeting", None), (family, rng.choice(ACTS[family][:-1])), (family + ".x", None),
+                (family + ".y", None), ("closing", None)]
+    elif family == "explain":
+        one, two = rng.sample(ACTS["fact"], 2)
+        plan = [("greeting", None), ("fact", one.replace("pred", "pred1")), ("fact", two.replace("pred", "pred2")),
+                ("kind", None)]
+    elif family == "summarise":
+        plan = [("summary", rng.choice(ACTS["summary"][:6]))]
+    elif story:
+        plan = [("working", plain)] * rng.randint(0, 1) + [("result", None), ("kind", None)]
+    else:
+        plan = [("greeting", None), ("working", plain), ("kind", None)]
+    return [(act, template or rng.choice(ACTS[act])) for act, template in plan]
+
+
+def another(rng, slot: str, value: str) -> str:
+    return rng.choice([filler for filler in FILLERS[slot.rstrip("12")] if filler != value])
+
+
+def answer(rng, family: str, slots: dict) -> str:
+    """An answer as people write them: a perfect one, then each defect with its probability."""
+    slots = dict(complete(slots))
+    if family == "explain":
+        slots["pred1"], slots["pred2"] = rng.sample(FACTS[slots["topic"]], 2)
+    plan = perfect(rng, family, "verb" in slots)
+    defects = {name for name, probability in DEFECTS.items() if rng.random() < probability}
+
+    # wrong: the slots
+    if "wrong name" in defects:
+        slots["name"] = another(rng, "name", slots["name"])
+    if "wrong thing" in defects and (things := [slot for slot in slots if slot in THINGS]):
+        slot = rng.choice(things)
+        slots[slot] = another(rng, slot, slots[slot])
+    if "wrong sum" in defects and family == "sum":
+        slots["c"] = str(max(0, int(slots["c"]) + rng.choice((-2, -1, 1, 2))))
+
+    # missing or vague: the plan
+    if "vague" in defects:
+        vague = {family: ACTS.get(family, [""])[-1], "working": ACTS["working"][-1],
+                 "summary": rng.choice(ACTS["summary"][6:])}
+        plan = [(act, vague.get(act, template)) for act, template in plan]
+    missing = {"no greeting": ["greeting"], "no closing": ["closing"], "no x": [family + ".x"],
+               "no y": [family + ".y", "kind"], "not answered": [family, "fact", "summary", "working", "result"]}
+    plan = [(act, template) for act, template in plan if not any(act in missing.get(defect, ()) for defect in defects)]
+
+    # too much: sentences put in after the greeting and before the closing
+    head = [fill(template, slots) for act, template in plan if act == "greeting"]
+    body = [fill(template, slots) for act, template in plan if act not in ("greeting", "closing")]
+    tail = [template for act, template in plan if act == "closing"]
+    extra = []
+    if "repeated" in defects and body:
+        extra.append(rng.choice(body))
+    if "off topic" in defects:
+        other = "accept" if family == "decline" and rng.random() < 0.5 else rng.choice(LETTERS)
+        template = rng.choice(ACTS[other])
+        extra.append(fill(template, {slot: rng.choice(FILLERS[slot]) for slot in slots_of(template)} | slots))
+    if "filler" in defects or not body:
+        extra += rng.sample(ACTS["filler"], rng.choice((1, 1, 1, 2)))
+    if "rude" in defects:
+        extra.append(rng.choice(ACTS["rude"]))
+    for sentence in extra:
+        body.insert(rng.randint(0, len(body)), sentence)
+    if "two closings" in defects and tail:
+        tail.append(rng.choice(ACTS["closing"]))
+    return join(head + body + tail)
+
+
+def document(rng) -> str:
+    """A text for pretraining: people asking and writing, letters, stories, facts and (true) sums."""
+    form, = rng.choices(("exchange", "letter", "story", "facts", "sums"), (25, 32, 12, 12, 19))
+    if form == "exchange":
+        family = rng.choice(list(REQUESTS))
+        template, slots = draw(rng, family)
+        asker, writer = rng.sample(FILLERS["name"], 2)
+        return f"One day {asker} asked: {ask(template, slots)} Then {writer} wrote: {answer(rng, family, slots)}"
+    if form == "letter":
+        family = rng.choice(LETTERS)
+        return answer(rng, family, draw(rng, family)[1])
+    if form == "story":
+        _, slots = draw(rng, "summarise")
+        story = ["one day {name} was {place}.", "{detail}.", "there {name} {deed}.", rng.choice(ACTS["summary"][:6])]
+    elif form == "facts":
+        _, slots = draw(rng, "explain")
+        story = [rng.choice(ACTS["fact"]).replace("{pred}", pred) for pred in rng.sample(FACTS[slots["topic"]], 3)]
+    else:
+        story = []
+        for _ in range(rng.choice((2, 3))):
+            slots = complete(draw(rng, "sum")[1])
+            told = ["here {name} has {a} {count} and {verb} {b}.", rng.choice(ACTS["result"])]
+            told = told * ("verb" in slots) + [rng.choice(ACTS["working"][:4])]
+            story += [fill(template, slots) for template in told]
+    return join([fill(template, slots) for template in story])
+
+
+def record(rng) -> dict:
+    """A line of the SFT data."""
+    turns = []
+    for _ in range(2 if rng.random() < TWO_TURNS else 1):
+        family = rng.choice(list(REQUESTS))
+        template, slots = draw(rng, family)
+        turns += [ask(template, slots), answer(rng, family, slots)]
+    if len(turns) == 2:
+        return {"prompt": turns[0], "completion": turns[1]}
+    return {"messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, turns)]}
+
+
+def distinct_prompts(rng, count: int, evaluation: bool) -> list[dict]:
+    """Distinct requests, the families in turn."""
+    prompts = {}
+    while len(prompts) < count:
+        family = list(REQUESTS)[len(prompts) % len(REQUESTS)]
+        prompts.setdefault(ask(*draw(rng, family, evaluation)), family)
+    return [{"prompt": prompt, "family": family} for prompt, family in prompts.items()]
+
+
+def train_bpe(texts, ranks: int) -> list[bytes]:
+    """Byte-level byte-pair encoding: the tokens in the order of their ranks, the 256 single bytes first."""
+    pieces = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")    # GPT-2's pattern, for ASCII
+    counts = Counter(piece for text in texts for piece in pieces.findall(text))
+    words = {tuple(bytes([byte]) for byte in piece.encode()): count for piece, count in counts.items()}
+    tokens = [bytes([byte]) for byte in range(256)]
+    while len(tokens) < ranks:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in pairwise(word):
+                pairs[pair] += count
+        if not pairs:
+            break
+        a, b = max(pairs, key=lambda pair: (pairs[pair], pair))
+        tokens.append(a + b)
+        merged = {}
+        for word, count in words.items():
+            parts, i = [], 0
+            while i < len(word):
+                step = 2 if word[i:i + 2] == (a, b) else 1
+                parts.append(b"".join(word[i:i + step]))
+                i += step
+            merged[tuple(parts)] = count
+        words = merged
+    return tokens
+
+
+def write(folder: str, name: str, lines) -> None:
+    """Write lines to a temporary name, then rename, so that a file is either whole or not there."""
+    path = os.path.join(folder, name)
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
+    os.replace(path + ".tmp", path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), help="folder for the files")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    os.makedirs(args.out, exist_ok=True)
+    rng = random.Random(args.seed)
+    files = {
+        "base_train.jsonl": [{"text": document(rng)} for _ in range(BASE_TRAIN)],
+        "base_valid.jsonl": [{"text": document(rng)} for _ in range(BASE_VALID)],
+        "sft_train.jsonl": [record(rng) for _ in range(SFT_TRAIN)],
+        "sft_valid.jsonl": [record(rng) for _ in range(SFT_VALID)],
+        "prompts_train.jsonl": distinct_prompts(rng, PROMPTS_TRAIN, evaluation=False),
+        "prompts_eval.jsonl": distinct_prompts(rng, PROMPTS_EVAL, evaluation=True),
+    }
+    for name, rows in files.items():
+        write(args.out, name, map(json.dumps, rows))
+
+    sft = [row for row in files["sft_train.jsonl"] if "prompt" in row]
+    texts = [row["text"] for row in files["base_train.jsonl"]]
+    texts += [row[key] for row in sft for key in ("prompt", "completion")]
+    tokens = train_bpe(texts, RANKS)
+    write(args.out, "vocab.tiktoken", (f"{base64.b64encode(token).decode()} {i}" for i, token in enumerate(tokens)))
+
+    scores = gold.score([row["prompt"] for row in sft], [row["completion"] for row in sft])
+    mean = sum(scores) / len(scores)
+    deviation = (sum((score - mean) ** 2 for score in scores) / len(scores)) ** 0.5
+    words = {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
+    print(f"{args.out}: " + ", ".join(f"{name} {len(rows):,}" for name, rows in files.items()))
+    print(f"{len(words)} distinct words, {len(tokens)} tokens")
+    print(f"gold reward of the SFT answers: mean {mean:.2f}, standard deviation {deviation:.2f}, "
+          f"{sum(score >= 4.5 for score in scores) / len(scores):.0%} at 4.5 or more")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""A GPT-2 transformer from scratch (Radford et al. 2019), with an optional scalar head and a key-value cache.
+
+`forward` returns hidden states, never logits: the output matrix is a third of the work of a small model, so logits and
+log-probabilities are made only at the positions that a loss asks for. Rows are padded on the right and attention is
+plain causal, so padding is never seen by a real token and no attention mask is needed.
+
+Shapes: B rows, T tokens, C = n_embd, H heads of D = C / H channels, S cached columns, V = vocab_size.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = 50262  # real tokens; the matrix has more rows (a multiple of 64), which never get probability
+    block_size: int = 1024  # the longest sequence, in tokens
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    scalar_head: bool = False  # one number a position: the value (PPO) or the reward (reward model)
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding matrix: vocab_size rounded up to a multiple of 64, which GPUs multiply faster."""
+        return -(-self.vocab_size // 64) * 64
+
+
+class KVCache:
+    """Keys and values of every layer for B rows of at most S tokens, allocated once.
+
+    `pos` (B,) is the number of tokens that each row holds: the column that its next token goes to. `span` is the
+    largest of them, known on the host, so that a step attends to no more columns than are in use.
+    """
+
+    def __init__(self, config: GPTConfig, rows: int, length: int, device=None, dtype=torch.float32):
+        head = config.n_embd // config.n_head
+        shape = (config.n_layer, 2, rows, config.n_head, length, head)  # (L, 2, B, H, S, D)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.pos = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
+        self.span = 0
+
+    def keep(self, rows: torch.Tensor):
+        """Drops all rows but these (an index tensor)."""
+        self.kv, self.pos = self.kv[:, :, rows], self.pos[rows]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, kv=None, pos=None, mask=None):
+        """x (B, T, C) -> (B, T, C). kv (2, B, H, S, D) is this layer's cache; pos and mask are given in decoding only."""
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
+        q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+        if kv is not None and mask is None:  # the prompt: fill columns 0..T-1
+            kv[0, :, :, :T], kv[1, :, :, :T] = k, v
+        elif kv is not None:  # one token a row: write it to the row's own column, read all columns in use
+            rows = torch.arange(B, device=x.device)
+            kv[0, rows, :, pos], kv[1, rows, :, pos] = k[:, :, 0].to(kv.dtype), v[:, :, 0].to(kv.dtype)
+            k, v = kv[:, :, :, : mask.shape[-1]]  # (B, H, S, D) each
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.mlp = nn.ModuleDict({
+            "c_fc": nn.Linear(config.n_embd, 4 * config.n_embd),
+            "c_proj": nn.Linear(4 * config.n_embd, config.n_embd),
+        })
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x, kv=None, pos=None, mask=None):
+        x = x + self.drop(self.attn(self.ln_1(x), kv, pos, mask))
+        h = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
+        return x + self.drop(self.mlp["c_proj"](h))
+
+
+class GPT(nn.Module):
+    """The trunk, the tied output matrix and, if the configuration says so, a scalar head."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.rows, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.head = nn.Linear(config.n_embd, 1) if config.scalar_head else None
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif "ln_" not in name:  # GPT-2: N(0, 0.02), residual projections shrunk so that the sum keeps its size
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+
+    def add_head(self, std: float):
+        """Gives the model a fresh scalar head: weights N(0, std), bias 0 (std 0: it says 0 everywhere)."""
+        self.config.scalar_head = True
+        self.head = nn.Linear(self.config.n_embd, 1).to(self.wte.weight)
+        nn.init.normal_(self.head.weight, std=std)
+        nn.init.zeros_(self.head.bias)
+        return self
+
+    def drop_head(self):
+        self.config.scalar_head, self.head = False, None
+        return self
+
+    @property
+    def device(self):
+        return self.wte.weight.device
+
+    def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """ids (B, T) int64 -> hidden states after the final LayerNorm (B, T, C).
+
+        With an empty cache: the same, and the cache is filled; the caller then sets `cache.pos` to the rows' lengths.
+        With a filled one: ids is (B, 1), each row's next token. Raises ValueError beyond block_size.
+        """
+        T, device = ids.shape[1], ids.device
+        decoding = cache is not None and cache.span > 0
+        span = cache.span + 1 if decoding else T
+        if span > self.config.block_size:
+            raise ValueError(f"{span} tokens are longer than the context of {self.config.block_size}")
+        if decoding:
+            position = cache.pos[:, None]  # (B, 1)
+            mask = (torch.arange(span, device=device) <= position)[:, None, None]  # (B, 1, 1, S): a row's own tokens
+        else:
+            position, mask = torch.arange(T, device=device), None  # (T,)
+        x = self.drop(self.wte(ids) + self.wpe(position))  # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x) if cache is None else block(x, cache.kv[layer], cache.pos, mask)
+        if cache is not None:
+            cache.span = span
+        if decoding:
+            cache.pos += 1
+        return self.ln_f(x)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., C) -> (..., V): the rows beyond the real tokens are cut off, so they get no probability."""
+        return F.linear(hidden, self.wte.weight)[..., : self.config.vocab_size]
+
+    def scalar(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (..., C) -> (...) fp32: the value or the reward at each position."""
+        return self.head(hidden).squeeze(-1).float()
+
+    def score(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """ids (B, T), lengths (B,) -> (B,) fp32: the scalar head at each row's last real token, which has seen it all."""
+        rows = torch.arange(len(ids), device=ids.device)
+        return self.scalar(self(ids)[rows, lengths - 1])  # (B, T, C) -> (B, C) -> (B,)
+
+    def logprobs(self, hidden: torch.Tensor, ids: torch.Tensor, index: torch.Tensor, temperature: float = 1.0):
+        """Token log-probabilities in nats, fp32, target-aligned: hidden (B, T, C), ids (B, T) -> (B, T-1).
+
+        Column t is log p(ids[:, t+1] | ids[:, :t+1]) at the flat positions `index` (N,) of (B, T-1), and 0 elsewhere:
+        only N rows of logits are ever made. With a temperature: of the distribution softmax(logits / temperature).
+        """
+        h = hidden[:, :-1].flatten(0, 1)[index]  # (N, C)
+        targets = ids[:, 1:].flatten()[index]  # (N,)
+        logp = -F.cross_entropy(self.logits(h).float() / temperature, targets, reduction="none")  # (N,)
+        return logp.new_zeros(ids[:, 1:].numel()).index_put((index,), logp).view_as(ids[:, 1:])  # (B, T-1)

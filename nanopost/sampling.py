@@ -1,0 +1,158 @@
+"""Sampling: a batch of prompts of different lengths, a key-value cache, stop at the end token.
+
+Rows start at column 0 and prompts are padded on the right, so the prefill is the plain causal forward and the finished
+buffer is directly a training batch. Each row writes its next token at its own column. Nothing is read back to the host
+but once every few steps, to drop the rows that have ended.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nanopost.data import Example, collate
+from nanopost.model import GPT, KVCache
+
+CHECK_EVERY = 4  # decoding steps between two looks at which rows have ended
+
+
+@dataclass
+class Samples:
+    """R sampled sequences, prompt and response in one row, right-padded to T tokens; per-token tensors target-aligned.
+
+    ids (R, T) int64; prompt_lengths (R,), lengths (R,) int64 in tokens, the end token counted; mask (R, T-1) bool, True
+    where ids[:, t+1] is a response token, the end token included; logprobs (R, T-1) fp32 in nats under the distribution
+    sampled from, zero outside the mask; values (R, T-1) fp32 of the scalar head, zero outside the mask, None without a
+    head; ended (R,) bool: the row closed its answer itself.
+    """
+
+    ids: torch.Tensor
+    prompt_lengths: torch.Tensor
+    lengths: torch.Tensor
+    mask: torch.Tensor
+    logprobs: torch.Tensor
+    values: torch.Tensor | None
+    ended: torch.Tensor
+
+    def responses(self) -> list[list[int]]:
+        """The response ids of every row, without the end token."""
+        rows = zip(self.ids.tolist(), self.prompt_lengths.tolist(), self.lengths.tolist(), self.ended.tolist())
+        return [ids[start : stop - ended] for ids, start, stop, ended in rows]
+
+
+def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
+    """Keeps the top_k most likely tokens, and the fewest whose probabilities reach top_p; the rest get -inf. (..., V)
+
+    For chatting only: a truncated distribution has zeros, and ratios and KL of the training losses are undefined there.
+    """
+    if top_k:
+        kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of the tokens before this one
+        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(drop, float("-inf"))
+    return logits
+
+
+@torch.no_grad()
+def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int, *, temperature: float = 1.0,
+             top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None, pad: int = 0,
+             on_token=None) -> Samples:
+    """Samples one response to each prompt (lists of ids), of at most max_new_tokens with the end token counted.
+
+    temperature 0 is greedy. `on_token(ids)` is called with each step's tokens (a list of R ids) and makes it
+    synchronise: for streaming. Raises ValueError for an empty prompt, or one that leaves no room in the context.
+    """
+    lengths = torch.tensor([len(p) for p in prompts])
+    R, P, block = len(prompts), int(lengths.max()), model.config.block_size
+    if lengths.min() == 0:
+        raise ValueError("a prompt must have at least one token")
+    if P + max_new_tokens > block:
+        raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones exceed the context of {block}")
+    device, S = model.device, P + max_new_tokens
+    ids = torch.full((R, S), pad)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    ids, prompt_lengths = ids.to(device), lengths.to(device)
+    lengths = prompt_lengths.clone()
+    logprobs = torch.zeros(R, S - 1, device=device)
+    values = torch.zeros(R, S - 1, device=device) if model.head is not None else None
+    ended = torch.zeros(R, dtype=torch.bool, device=device)
+
+    cache = KVCache(model.config, R, S, device, model.wte.weight.dtype)
+    hidden = model(ids[:, :P], cache)  # (R, P, C)
+    hidden = hidden[torch.arange(R, device=device), lengths - 1]  # (R, C): at the last token of each prompt
+    cache.pos = lengths.clone()
+    rows = torch.arange(R, device=device)  # (n,) the samples that the n rows of the cache belong to
+    for step in range(max_new_tokens):
+        logits = model.logits(hidden).float()  # (n, V)
+        if temperature == 0:
+            logp = logits.log_softmax(-1)
+            token = logp.argmax(-1)
+        else:
+            logp = filter_logits(logits / temperature, top_k, top_p).log_softmax(-1)
+            race = torch.empty_like(logp).exponential_(generator=generator)  # argmax p/E with E ~ Exp(1) is a sample
+            token = (logp - race.log()).argmax(-1)  # (n,)
+        live, column = ~ended[rows], cache.pos
+        ids[rows, column] = torch.where(live, token, ids[rows, column])
+        logprobs[rows, column - 1] = torch.where(live, logp.gather(1, token[:, None])[:, 0], 0.0)
+        if values is not None:
+            values[rows, column - 1] = torch.where(live, model.scalar(hidden), 0.0)
+        lengths[rows] += live
+        ended[rows] |= live & (token == end)
+        if on_token:
+            on_token(token.tolist())
+        if (on_token or step % CHECK_EVERY == CHECK_EVERY - 1) and (stay := ~ended[rows]).sum() < len(rows):
+            rows, token = rows[stay], token[stay]
+            cache.keep(stay)
+            if not len(rows):
+                break
+        if step < max_new_tokens - 1:
+            hidden = model(token[:, None], cache)[:, 0]  # (n, C)
+
+    T = int(lengths.max())
+    column = torch.arange(1, T, device=device)  # the token that target-aligned column t is about
+    mask = (column >= prompt_lengths[:, None]) & (column < lengths[:, None])  # (R, T-1)
+    values = None if values is None else values[:, : T - 1]
+    return Samples(ids[:, :T], prompt_lengths, lengths, mask, logprobs[:, : T - 1], values, ended)
+
+
+def sample_text(model: GPT, tokenizer, prompts: list[list[int]], max_new_tokens: int, *, batch_size: int = 512,
+                temperature: float = 1.0, seed: int = 0) -> list[dict]:
+    """Samples a response to each prompt in batches of like length; in the order of the prompts.
+
+    Returns a dict each: prompt_ids, ids (the response, end token included), text, ended, logprob (its sum, nats).
+    """
+    generator = torch.Generator(model.device).manual_seed(seed)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    out = [None] * len(prompts)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        samples = generate(model, [prompts[i] for i in part], max_new_tokens, tokenizer.end, temperature=temperature,
+                           generator=generator, pad=tokenizer.pad)
+        totals = samples.logprobs.double().sum(1).tolist()
+        for i, ids, ended, logprob in zip(part, samples.responses(), samples.ended.tolist(), totals):
+            out[i] = {"prompt_ids": prompts[i], "ids": ids + [tokenizer.end] * ended, "text": tokenizer.decode(ids),
+                      "ended": ended, "logprob": logprob}
+    return out
+
+
+def show_answers(model: GPT, tokenizer, prompts: list[list[int]], max_new_tokens: int, seed: int = 0) -> str:
+    """A few prompts with the model's sampled answers, to read along while it trains."""
+    room = model.config.block_size - max_new_tokens
+    samples = sample_text(model, tokenizer, [ids for ids in prompts if len(ids) <= room], max_new_tokens, seed=seed)
+    return "\n".join(f"    {tokenizer.decode(s['prompt_ids'])} {s['text']}{'<|end|>' * s['ended']}" for s in samples)
+
+
+@torch.no_grad()
+def score_samples(model: GPT, samples: list[dict], batch_size: int = 64) -> torch.Tensor:
+    """The reward model's scores (N,) fp32, on the CPU, of samples as sample_text returns them."""
+    rows = [Example(s["prompt_ids"] + s["ids"], [False] * (len(s["prompt_ids"]) + len(s["ids"]))) for s in samples]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    scores = torch.zeros(len(rows))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        batch = collate([rows[i] for i in part], model.device)
+        scores[part] = model.score(batch.ids, batch.lengths).cpu()
+    return scores

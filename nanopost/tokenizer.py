@@ -1,0 +1,132 @@
+"""Text <-> token ids, and the chat format: text -> (ids, mask), built together.
+
+    <|user|>Thank Ben for the lamp.<|assistant|>Dear Ben, thank you ...<|end|>
+                                                ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^ the targets: the answer and its <|end|>
+
+The encoding is a tiktoken `Encoding`: byte-level BPE ranks from a file in tiktoken's format, or `gpt2`. The five chat
+tokens take the ids after the vocabulary's own. Text goes through `encode_ordinary`, so a text that contains "<|end|>"
+stays text: no input can inject a special token.
+
+    python -m nanopost.tokenizer --show data/notes/sft_train.jsonl      shows in colour what the loss is on
+"""
+
+import base64
+import binascii
+import os
+import sys
+from dataclasses import dataclass
+
+import tiktoken
+
+from nanopost.config import UserError, cli
+
+# GPT-2's split pattern: contractions, words, numbers, punctuation (each with its leading space), other white space.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|pad|>")
+DEFAULT_VOCAB = "data/notes/vocab.tiktoken"
+
+
+class Tokenizer:
+    """A tiktoken Encoding plus the five chat tokens: `user`, `assistant`, `system`, `end`, `pad`; `eot` ends a document."""
+
+    def __init__(self, ranks: dict[bytes, int]):
+        self.ranks = ranks
+        names = ("<|endoftext|>",) + CHAT_TOKENS
+        special = {name: len(ranks) + i for i, name in enumerate(names)}
+        self.encoding = tiktoken.Encoding("nanopost", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
+        self.eot, self.user, self.assistant, self.system, self.end, self.pad = special.values()
+        self.vocab_size = len(ranks) + len(special)
+
+    def __eq__(self, other):
+        return isinstance(other, Tokenizer) and self.ranks == other.ranks
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids) -> str:
+        """Text of the ids. Invalid UTF-8 becomes U+FFFD; special tokens are written out."""
+        return self.encoding.decode([int(i) for i in ids])
+
+    def document(self, text: str) -> tuple[list[int], list[bool]]:
+        """(ids, mask) for language modelling: every token is a target, and so is the end of the document.
+
+        It starts with <|endoftext|> too, so that the first word has something to be predicted from."""
+        ids = self.encode(text)
+        return [self.eot, *ids, self.eot], [False] + [True] * (len(ids) + 1)
+
+    def chat(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
+        """(ids, mask) of a conversation [{"role", "content"}, ...]: every assistant turn and its <|end|> is a target."""
+        ids, mask = [], []
+        for message in messages:
+            content = self.encode(message["content"])
+            if message["role"] == "assistant":
+                ids += [self.assistant, *content, self.end]
+                mask += [False] + [True] * (len(content) + 1)
+            else:
+                ids += [self.user if message["role"] == "user" else self.system, *content]
+                mask += [False] * (len(content) + 1)
+        return ids, mask
+
+    def prompt(self, messages: list[dict]) -> list[int]:
+        """ids of a conversation that waits for the assistant's answer: it ends with <|assistant|>."""
+        return self.chat(messages)[0] + [self.assistant]
+
+    def write(self, f):
+        """Writes the ranks to an open file in tiktoken's format: base64 of the token's bytes, a space, its rank."""
+        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
+            f.write(f"{base64.b64encode(token).decode()} {rank}\n")
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """From a file of ranks in tiktoken's format, or "gpt2" (tiktoken downloads it once, or finds it in its cache)."""
+    if name == "gpt2":
+        try:
+            return Tokenizer(tiktoken.get_encoding("gpt2")._mergeable_ranks)
+        except Exception as error:  # whatever the network layer raises
+            raise UserError("the gpt2 vocabulary is neither in tiktoken's cache (TIKTOKEN_CACHE_DIR) nor could it be "
+                            f"downloaded ({type(error).__name__}); go online once or give a file of ranks") from None
+    if not os.path.exists(name):
+        hint = "; python data/notes/prepare.py writes it" if name == DEFAULT_VOCAB else ""
+        raise UserError(f"no vocabulary at {name}{hint}")
+    ranks = {}
+    with open(name, "rb") as f:
+        for n, line in enumerate(f, 1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except (ValueError, binascii.Error):
+                raise UserError(f"{name}:{n}: not a line of a tiktoken vocabulary (base64, space, rank)") from None
+    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+        raise UserError(f"{name}: the ranks must be 0, 1, 2, ... with the 256 single bytes among them")
+    return Tokenizer(ranks)
+
+
+def paint(tokenizer: Tokenizer, ids, mask, colour=True) -> str:
+    """The record as text, special tokens written out; targets green (or, without colour, in [brackets])."""
+    on, off = ("\033[32m", "\033[0m") if colour else ("[", "]")
+    pieces, start = [], 0
+    for i in range(1, len(ids) + 1):  # runs of tokens that are all targets or all not
+        if i == len(ids) or mask[i] != mask[start]:
+            pieces.append((mask[start], tokenizer.decode(ids[start:i])))
+            start = i
+    return "".join(on + text + off if target else text for target, text in pieces)
+
+
+@dataclass
+class Config:
+    show: str = "data/notes/sft_train.jsonl"  # a file of records
+    vocab: str = DEFAULT_VOCAB  # a file of ranks, or gpt2
+    count: int = 5  # how many records
+
+
+def main(config: Config):
+    from nanopost.data import load_examples
+
+    tokenizer, colour = load_tokenizer(config.vocab), sys.stdout.isatty()
+    print(f"what the loss is on is {'green' if colour else 'in [brackets]'}\n")
+    for example in load_examples(config.show, tokenizer, limit=config.count):
+        print(paint(tokenizer, example.ids, example.mask, colour) + "\n")
+
+
+if __name__ == "__main__":
+    cli(main, Config)

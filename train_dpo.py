@@ -1,0 +1,152 @@
+"""Direct preference optimisation: learn from pairs without a reward model.
+
+    L(theta) = - mean over pairs of  log sigma( beta h ),
+    h = [log pi_theta(y_w|x) - log pi_ref(y_w|x)] - [log pi_theta(y_l|x) - log pi_ref(y_l|x)]
+
+(Rafailov et al., arXiv 2305.18290, equation 7.) y_w is the chosen answer, y_l the rejected one, pi_ref the SFT model that
+training starts from. The log-probability of an answer is the sum over its tokens, <|end|> included. The implicit reward
+beta log(pi/pi_ref) is fitted to the pairs just as a reward model would be, and its optimum is the policy that maximises
+that reward under a KL penalty of weight beta: pi* = pi_ref exp(r/beta) / Z.
+
+    python train_dpo.py --init out/sft --data out/prefs/train.jsonl --valid out/prefs/valid.jsonl --out out/dpo
+"""
+
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+
+from nanopost.config import UserError, cli
+from nanopost.data import batches, collate, load_pairs, split
+from nanopost.run import Options, Run, adamw, load_model, schedule
+from nanopost.sampling import show_answers
+
+
+@dataclass
+class Config(Options):
+    init: str = "out/sft"  # the folder of the SFT model: where the policy starts, and the reference
+    data: str = "out/prefs/train.jsonl"  # pairs to learn from
+    valid: str = "out/prefs/valid.jsonl"  # held-out pairs; empty: none
+    out: str = "out/dpo"  # folder to write; an earlier run there is replaced
+    beta: float = 0.1  # weight of the implicit KL penalty: higher stays closer to the reference
+    label_smoothing: float = 0.0  # assumed share of wrong labels (conservative DPO)
+    epochs: float = 1.0  # passes over the pairs; more over-fit
+    steps: int = 0  # optimizer steps; 0: as many as the epochs need
+    batch_size: int = 32  # pairs a step
+    micro_batch: int = 0  # pairs a forward pass; 0: the whole batch at once
+    lr: float = 2e-4  # peak learning rate; 5e-6 suits GPT-2 124M
+    warmup: float = 0.1  # share of the steps with rising learning rate; then linear decay to 0
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: none
+    max_new_tokens: int = 64  # longest answer of the samples shown
+    eval_every: int = 50  # steps between two held-out evaluations
+
+
+def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0):
+    """DPO, equation 7; with label smoothing e, conservative DPO: -(1-e) log sigma(beta h) - e log sigma(-beta h).
+
+    Four vectors (B,) of summed log-probabilities, in nats per response. Returns (losses, chosen_rewards,
+    rejected_rewards), (B,) each; the implicit rewards beta log(pi/pi_ref) are detached, for the log.
+    """
+    chosen_rewards = beta * (policy_chosen - ref_chosen)  # (B,)
+    rejected_rewards = beta * (policy_rejected - ref_rejected)  # (B,)
+    logits = chosen_rewards - rejected_rewards  # beta h
+    losses = -(1 - label_smoothing) * F.logsigmoid(logits) - label_smoothing * F.logsigmoid(-logits)
+    return losses, chosen_rewards.detach(), rejected_rewards.detach()
+
+
+def pair_logprobs(model, pairs, device):
+    """log pi(y|x) of both sides, summed over the answer's tokens, in one forward pass: B pairs -> (B,), (B,)."""
+    batch = collate([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], device)  # 2B rows
+    return model.logprobs(model(batch.ids), batch.ids, batch.index).sum(1).chunk(2)  # (2B, T-1) -> (B,), (B,)
+
+
+@torch.no_grad()
+def reference_logprobs(model, pairs, device, batch_size=64):
+    """pair_logprobs of all P pairs under the reference model, computed once: (P, 2), on the CPU."""
+    order = sorted(range(len(pairs)), key=lambda i: max(len(side.ids) for side in pairs[i]))
+    out = torch.zeros(len(pairs), 2)
+    for rows in split(order, batch_size):
+        out[rows] = torch.stack(pair_logprobs(model, [pairs[i] for i in rows], device), dim=1).cpu()
+    return out
+
+
+def batch_loss(policy, pairs, reference, beta, label_smoothing, device):
+    """Losses (B,) of B pairs and the statistics to log, (B,) each. reference (B, 2): reference_logprobs of the pairs."""
+    chosen, rejected = pair_logprobs(policy, pairs, device)
+    ref_chosen, ref_rejected = reference.to(device).unbind(1)
+    losses, good, bad = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing)
+    return losses, {"loss": losses.detach(), "rewards/chosen": good, "rewards/rejected": bad,
+                    "rewards/margins": good - bad, "rewards/accuracies": (good > bad).float(),
+                    "logps/chosen": chosen.detach(), "logps/rejected": rejected.detach()}
+
+
+@torch.no_grad()
+def evaluate(policy, pairs, reference, config, device, batch_size=64):
+    """The means over all held-out pairs of what batch_loss reports."""
+    policy.eval()
+    parts = [batch_loss(policy, [pairs[i] for i in rows], reference[rows], config.beta, config.label_smoothing, device)[1]
+             for rows in split(list(range(len(pairs))), batch_size)]
+    policy.train()
+    return {name: torch.cat([part[name] for part in parts]).mean() for name in parts[0]}
+
+
+def main(config: Config):
+    run = Run("dpo", config)
+
+    # model and data
+    policy, tokenizer = load_model(config.init, run.device)
+    pairs = load_pairs(config.data, tokenizer, policy.config.block_size)
+    valid = load_pairs(config.valid, tokenizer, policy.config.block_size) if config.valid else []
+    prompts = [chosen.ids[: chosen.mask.index(True)] for chosen, _ in valid[:2]]
+    valid.sort(key=lambda pair: max(len(side.ids) for side in pair))
+    lengths = [max(len(chosen.ids), len(rejected.ids)) for chosen, rejected in pairs]
+    total = config.steps or round(config.epochs * -(-len(pairs) // config.batch_size))
+
+    # the reference is the policy before its first step: its log-probabilities are constants of the data
+    policy.eval()
+    with run.autocast():
+        reference = reference_logprobs(policy, pairs, run.device)
+        valid_reference = reference_logprobs(policy, valid, run.device)
+    policy.train()
+
+    optimizer = adamw(policy.parameters(), config.lr)
+
+    def report(step):
+        if valid:
+            with run.autocast():
+                means = evaluate(policy, valid, valid_reference, config, run.device)
+            run.log(step, {f"eval/{name}": value for name, value in means.items()})
+            run.print(f"step {step}: held-out loss {means['loss']:.3f}, accuracy {means['rewards/accuracies']:.1%}, "
+                      f"implicit rewards {means['rewards/chosen']:+.2f} / {means['rewards/rejected']:+.2f}")
+            run.print(show_answers(policy, tokenizer, prompts, config.max_new_tokens))
+
+    # loop
+    if not run.begin({"model": policy}, optimizer, tokenizer):
+        return
+    order = islice(batches(lengths, config.batch_size, config.seed), run.start, None)
+    if run.start == 0:
+        report(0)
+    for step in run.steps(total):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * schedule(step, total, round(config.warmup * total))
+        rows = next(order)
+        stats = []
+        for part in split(rows, config.micro_batch):
+            with run.autocast():
+                losses, stat = batch_loss(policy, [pairs[i] for i in part], reference[part], config.beta,
+                                          config.label_smoothing, run.device)
+            run.backward(losses.sum() / len(rows))  # one denominator: the pairs of the whole step
+            stats.append(stat)
+        grad_norm = run.update(optimizer, config.grad_clip)
+
+        if run.due(step, config.log_every):
+            means = {name: torch.cat([stat[name] for stat in stats]).mean() for name in stats[0]}
+            run.log(step + 1, {**means, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"]})
+        if run.due(step, config.eval_every):
+            report(step + 1)
+    run.finish()
+
+
+if __name__ == "__main__":
+    cli(main, Config)
