@@ -38,7 +38,7 @@ class Config(Options):
     lr: float = 2e-4  # peak learning rate; 5e-6 suits GPT-2 124M
     warmup: float = 0.1  # share of the steps with rising learning rate; then linear decay to 0
     grad_clip: float = 1.0  # largest norm of the gradient; 0: none
-    max_new_tokens: int = 64  # longest answer of the samples shown
+    max_new_tokens: int = 80  # longest answer of the samples shown
     eval_every: int = 50  # steps between two held-out evaluations
 
 
@@ -122,12 +122,12 @@ def main(config: Config):
             run.print(show_answers(policy, tokenizer, prompts, config.max_new_tokens))
 
     # loop
-    if not run.begin({"model": policy}, optimizer, tokenizer):
+    if not run.begin({"model": policy}, optimizer, tokenizer, total):
         return
     order = islice(batches(lengths, config.batch_size, config.seed), run.start, None)
     if run.start == 0:
         report(0)
-    for step in run.steps(total):
+    for step in run.steps():
         for group in optimizer.param_groups:
             group["lr"] = config.lr * schedule(step, total, round(config.warmup * total))
         rows = next(order)

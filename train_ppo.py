@@ -39,12 +39,12 @@ class Config(Options):
     prompts: str = "data/notes/prompts_train.jsonl"  # prompts to train on
     valid: str = "data/notes/prompts_eval.jsonl"  # held-out prompts; empty: none
     out: str = "out/ppo"  # folder to write; an earlier run there is replaced
-    steps: int = 60  # iterations: a batch of answers and the updates on it
+    steps: int = 40  # iterations: a batch of answers and the updates on it
     batch_size: int = 128  # answers an iteration
     epochs: int = 4  # passes over the answers of an iteration
     minibatches: int = 2  # optimizer steps a pass
     micro_batch: int = 32  # answers a forward pass; 0: the whole minibatch at once
-    max_new_tokens: int = 64  # longest answer
+    max_new_tokens: int = 80  # longest answer
     temperature: float = 1.0  # of sampling, and so of every log-probability
     beta: float = 0.05  # weight of the KL penalty; 0: none, watch the reward being hacked
     kl_target: float = 0.0  # adapt beta to hold this KL, in nats per answer; 0: beta stays
@@ -179,7 +179,7 @@ def update(run, policy, critic, optimizer, batch, config):
     for _ in range(config.epochs):
         shuffled = torch.randperm(len(batch["ids"]))
         for rows in shuffled.chunk(config.minibatches):
-            rows = rows[batch["lengths"][rows].argsort()]  # like lengths together: less padding in a micro-batch
+            rows = rows[batch["lengths"][rows].cpu().argsort()]  # like lengths together: less padding in a micro-batch
             count = batch["mask"][rows].sum()  # one denominator: the response tokens of the whole minibatch
             stats = []
             for part in split(rows, config.micro_batch):
@@ -224,11 +224,13 @@ def main(config: Config):
 
     # models: the policy, the reference it must stay near, and what judges the answers
     policy, tokenizer = load_model(config.init, run.device)
+    policy.eval()  # no dropout: the updates must see the log-probabilities that were sampled with
     reference = freeze(copy.deepcopy(policy))
     critic = None
     if config.critic:
         critic, other = load_model(config.critic, run.device, reward=True)
         same_vocabulary(tokenizer, other, config.init, config.critic)
+        critic.eval()
     else:
         policy.add_head(std=0.0)  # the first values are 0, and do not disturb the trunk
     if ".py:" in config.reward:
@@ -269,13 +271,13 @@ def main(config: Config):
         run.print(show_answers(policy, tokenizer, valid_ids[:3], config.max_new_tokens))
 
     # loop
-    if not run.begin(modules, optimizer, tokenizer):
+    if not run.begin(modules, optimizer, tokenizer, config.steps):
         return
     run.extra.setdefault("beta", config.beta)
     order = islice(order, run.start, None)
     if run.start == 0:
         report(0)
-    for step in run.steps(config.steps):
+    for step in run.steps():
         beta, rows = run.extra["beta"], next(order)
         for group in optimizer.param_groups:
             group["lr"] = config.lr * schedule(step, config.steps, config.warmup)

@@ -19,7 +19,7 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 
-from nanopost.config import cli
+from nanopost.config import UserError, cli
 from nanopost.data import batches, collate, load_pairs, split
 from nanopost.run import Options, Run, adamw, load_model, schedule
 from nanopost.sampling import sample_text, score_samples
@@ -33,14 +33,14 @@ class Config(Options):
     out: str = "out/rm"  # folder to write; an earlier run there is replaced
     epochs: float = 1.0  # passes over the pairs; more than one over-fits
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
-    batch_size: int = 32  # pairs a step
+    batch_size: int = 16  # pairs a step
     micro_batch: int = 0  # pairs a forward pass; 0: the whole batch at once
-    lr: float = 5e-4  # peak learning rate; 2e-5 suits GPT-2 124M
+    lr: float = 1e-3  # peak learning rate; 2e-5 suits GPT-2 124M
     warmup: float = 0.05  # share of the steps with rising learning rate; then linear decay to 0
     weight_decay: float = 0.0
     grad_clip: float = 1.0  # largest norm of the gradient; 0: none
     normalise: int = 512  # answers of the initial model on which the reward gets mean 0 and standard deviation 1; 0: off
-    max_new_tokens: int = 64  # longest of those answers
+    max_new_tokens: int = 80  # longest of those answers
     eval_every: int = 50  # steps between two held-out evaluations
 
 
@@ -75,6 +75,9 @@ def normalise(model, samples):
     """
     model.eval()
     scores = score_samples(model, samples)  # (N,)
+    if len(scores) < 2 or (scores == scores[0]).all():
+        raise UserError(f"--normalise needs answers with different rewards, it has {len(scores)}; lower --max-new-tokens "
+                        "so that prompts have room, or give --normalise 0")
     mean, std = scores.mean().item(), scores.std(correction=0).item()
     model.head.weight /= std
     model.head.bias.sub_(mean).div_(std)
@@ -107,13 +110,13 @@ def main(config: Config):
                       f"margin {metrics['margin']:.2f}")
 
     # loop
-    if not run.begin({"model": model}, optimizer, tokenizer):
+    if not run.begin({"model": model}, optimizer, tokenizer, total):
         return
     model.train()
     order = islice(batches(lengths, config.batch_size, config.seed), run.start, None)
     if run.start == 0:
         report(0)
-    for step in run.steps(total):
+    for step in run.steps():
         for group in optimizer.param_groups:
             group["lr"] = config.lr * schedule(step, total, round(config.warmup * total))
         rows = next(order)

@@ -34,16 +34,16 @@ class Config(Options):
     out: str = "out/sft"  # folder to write; an earlier run there is replaced
     vocab: str = DEFAULT_VOCAB  # from scratch: a file of ranks, or gpt2
     block_size: int = 128  # from scratch: the context, in tokens
-    n_layer: int = 3  # from scratch: the model's size
+    n_layer: int = 2  # from scratch: the model's size
     n_head: int = 4
     n_embd: int = 128
     dropout: float = 0.0  # from scratch
     epochs: float = 1.0  # passes over the data
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
-    batch_size: int = 32  # sequences a step
+    batch_size: int = 16  # sequences a step
     micro_batch: int = 0  # sequences a forward pass; 0: the whole batch at once
-    lr: float = 2e-3  # peak learning rate; 3e-5 suits GPT-2 124M
-    warmup: float = 0.03  # share of the steps with rising learning rate; then cosine decay to a tenth
+    lr: float = 3e-3  # peak learning rate; 3e-5 suits GPT-2 124M
+    warmup: float = 0.03  # share of the steps with rising learning rate; then linear decay to 0
     weight_decay: float = 0.0
     grad_clip: float = 1.0  # largest norm of the gradient; 0: none
     eval_every: int = 200  # steps between two held-out evaluations
@@ -102,7 +102,7 @@ def main(config: Config):
     prompts = [e.ids[: e.mask.index(True)] for e in valid[:2]]  # up to the first target
 
     # optimizer
-    optimizer = adamw(model.parameters(), config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    optimizer = adamw(model.parameters(), config.lr, betas=(0.9, 0.99), weight_decay=config.weight_decay)
 
     def report(step):
         if valid:
@@ -113,15 +113,15 @@ def main(config: Config):
             run.print(show_answers(model, tokenizer, prompts, block_size // 2))
 
     # loop
-    if not run.begin({"model": model}, optimizer, tokenizer):
+    if not run.begin({"model": model}, optimizer, tokenizer, total):
         return
     model.train()
     order = islice(batches(lengths, config.batch_size, config.seed), run.start, None)
     if run.start == 0:
         report(0)
-    for step in run.steps(total):
+    for step in run.steps():
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * schedule(step, total, round(config.warmup * total), 0.1, cosine=True)
+            group["lr"] = config.lr * schedule(step, total, round(config.warmup * total))
         micros = [collate([examples[i] for i in rows], run.device) for rows in split(next(order), config.micro_batch)]
         count = sum(micro.targets for micro in micros)  # one denominator for the whole step
         loss = 0.0

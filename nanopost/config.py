@@ -22,7 +22,9 @@ class UserError(Exception):
 
 
 def field_comments(config_class) -> dict[str, str]:
-    """{field name: comment}: the comment on the field's line and on the comment-only lines right below it."""
+    """{field name: comment}: the comment on the field's line and on the comment-only lines right below it.
+
+    A field that is inherited keeps its parent's comment."""
     comments, name = {}, None
     source = inspect.cleandoc("\n" + inspect.getsource(config_class))
     names = {field.name for field in dataclasses.fields(config_class)}
@@ -33,7 +35,8 @@ def field_comments(config_class) -> dict[str, str]:
             comments[name] = (comments.get(name, "") + " " + token.string.lstrip("# ")).strip()
         elif token.type == tokenize.NAME:
             name = None
-    return comments
+    parent = config_class.__base__
+    return {**field_comments(parent), **comments} if dataclasses.is_dataclass(parent) else comments
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,6 +56,8 @@ def parse(config_class, argv=None):
             help += f" (default: {field.default})"
         if typing.get_origin(kind) is list:  # a list of paths: a positional argument
             parser.add_argument(field.name, nargs="+" if field.default_factory is dataclasses.MISSING else "*", help=help)
+        elif required and kind is str:  # what the command is about: a positional argument too
+            parser.add_argument(field.name, help=help)
         elif kind is bool:
             parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, default=field.default, help=help)
         else:
@@ -70,7 +75,7 @@ def flag(name: str) -> str:
 def number(text: str) -> int:
     """An int, also written 10_000 or 1e4."""
     value = float(text)
-    if value != int(value):
+    if not value.is_integer():  # nor are inf and nan
         raise ValueError
     return int(value)
 

@@ -13,7 +13,6 @@ ended       share of the answers that end by themselves
 distinct    distinct answers / answers
 """
 
-import inspect
 import json
 import os
 import time
@@ -39,7 +38,7 @@ class Config:
     pairs: str = ""  # held-out labelled pairs: the reward model's accuracy on them
     limit: int = 500  # prompts to use at most
     samples: int = 2  # answers a prompt
-    max_new_tokens: int = 64  # longest answer
+    max_new_tokens: int = 80  # longest answer
     temperature: float = 1.0  # of the answers; KL and entropy mean what they say at 1
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -163,7 +162,7 @@ def main(config: Config):
             print(f"  {stage:>8}" + (f" {values['gold'][i]:+5.2f}" if gold else "") + f"  {samples[i]['text']}")
     print(f"\n{len(ids)} answers to {len(ids) // config.samples} prompts of {config.prompts}\n\n{table(rows)}\n")
 
-    report = {"rows": rows, "gold_max": inspect.getmodule(gold).GOLD_MAX if hasattr(inspect.getmodule(gold), "GOLD_MAX") else None}
+    report = {"rows": rows, "gold_max": getattr(gold, "__globals__", {}).get("GOLD_MAX")}
     if config.reward and config.pairs:
         report["rm_accuracy"], report["rm_accuracy_ceiling"] = pair_accuracy(reward_model, tokenizer, config.pairs)
         print(f"reward model: accuracy {report['rm_accuracy']:.1%} on {config.pairs}"

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import math
 import os
-import pickle
 import sys
 import time
 from dataclasses import dataclass
@@ -91,14 +90,19 @@ def load_model(folder: str, device="cpu", reward: bool = False) -> tuple[GPT, To
     return model.to(device), tokenizer
 
 
-def load_tensors(path: str, model: GPT) -> dict:
-    """A checkpoint's tensors; nothing else is ever unpickled. UserError if it is broken or does not fit the model."""
+def load_file(path: str):
+    """A checkpoint: tensors and plain values; nothing else is ever unpickled. UserError if it cannot be read."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    except (OSError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if shapes != {name: tensor.shape for name, tensor in model.state_dict().items()}:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # there is no exception that a broken file does not raise
+        raise UserError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+
+
+def load_tensors(path: str, model: GPT) -> dict:
+    """A model's tensors. UserError if the file is broken or does not fit the model."""
+    tensors = load_file(path)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if not isinstance(tensors, dict) or {n: getattr(t, "shape", None) for n, t in tensors.items()} != shapes:
         raise UserError(f"{path} does not fit the model that config.json describes")
     return tensors
 
@@ -129,7 +133,7 @@ def call_reward(function, prompts: list, completions: list[str]) -> list[float]:
     """function(prompts, completions) with its result checked: one finite number a completion, else UserError."""
     try:
         scores = [float(x) for x in function(prompts, completions)]
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"reward function {function.__name__}: {error}") from None
     if len(scores) != len(completions) or not all(map(math.isfinite, scores)):
         raise UserError(f"reward function {function.__name__}: must return one finite number for each of the "
@@ -148,13 +152,12 @@ def adamw(parameters, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_d
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
-def schedule(step: int, total: int, warmup: int = 0, final: float = 0.0, cosine: bool = False) -> float:
-    """The learning rate's factor at step 0..total-1: linear warm-up to 1, then linear or cosine decay to `final`."""
+def schedule(step: int, total: int, warmup: int = 0) -> float:
+    """The learning rate's factor at step 0..total-1: linear warm-up to 1, then linear decay, which would reach 0 at
+    step `total`."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, total - warmup)
-    fade = 0.5 * (1 + math.cos(math.pi * progress)) if cosine else 1 - progress
-    return final + (1 - final) * fade
+    return (total - step) / max(1, total - warmup)
 
 
 def freeze(model: GPT) -> GPT:
@@ -187,9 +190,10 @@ class Run:
         if options.dtype not in ("auto", *DTYPES):
             raise UserError(f"--dtype must be auto or one of {', '.join(DTYPES)}, not {options.dtype}")
         self.dtype = DTYPES[best if options.dtype == "auto" else options.dtype]
-        for name in ("log_every", "save_every"):
-            if getattr(options, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        smallest = dict.fromkeys(("log_every", "save_every", "eval_every", "batch_size", "minibatches", "max_new_tokens"), 1)
+        for name, bound in (smallest | dict.fromkeys(("micro_batch", "lr", "weight_decay"), 0)).items():
+            if getattr(options, name, bound) < bound:
+                raise UserError(f"--{name.replace('_', '-')} must be at least {bound}")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         torch.set_float32_matmul_precision("high")  # TF32 where there are tensor cores
         torch.manual_seed(options.seed)
@@ -222,7 +226,7 @@ class Run:
 
     # -- the loop
 
-    def begin(self, modules: dict, optimizer, tokenizer: Tokenizer) -> bool:
+    def begin(self, modules: dict, optimizer, tokenizer: Tokenizer, total: int) -> bool:
         """Call when all inputs are loaded: makes the folder, or with --resume takes up the last checkpoint.
 
         Returns False if there is nothing to do, because the run to resume is finished.
@@ -230,6 +234,9 @@ class Run:
         `modules` {name: model} are what is trained; the one called "model" is what finish() saves. Anything else that
         changes from step to step goes into `run.extra` (a dict of numbers), which is saved and restored.
         """
+        if total < 1:
+            raise UserError(f"there is no step to make ({total}); check --steps, --epochs and the data")
+        self.total = total
         self.modules, self.optimizer, self.tokenizer, self.extra = modules, optimizer, tokenizer, {}
         os.makedirs(self.options.out, exist_ok=True)
         state = self.path("state.pt")
@@ -248,14 +255,12 @@ class Run:
                     block.compile()
         return True
 
-    def steps(self, total: int):
+    def steps(self):
         """The steps still to do, 0..total-1, with a progress bar and a checkpoint every save_every steps."""
-        if total < 1:
-            raise UserError(f"there is no step to make ({total}); check --steps, --epochs and the data")
+        total = self.total
         parameters = sum(p.numel() for p in self.modules["model"].parameters())
         self.print(f"{self.method}: {total} steps on {self.device}, {str(self.dtype)[6:]}, {torch.get_num_threads()} "
                    f"threads, {parameters / 1e6:.2f}M parameters -> {self.options.out}")
-        self.total = total
         self.bar = tqdm(total=total, initial=self.start, desc=self.method, disable=None, dynamic_ncols=True)
         for step in range(self.start, total):
             yield step
@@ -277,9 +282,11 @@ class Run:
         for name, value in metrics.items():
             if "loss" in name and not math.isfinite(value):
                 raise UserError(f"{name} is {value} at step {step}: lower --lr, or look for a bad record in the data")
-        line = {"step": step, "seconds": round(time.time() - self.started, 2), **metrics}
+        line = {"step": step, "seconds": round(time.time() - self.started, 2)}
+        for name, value in metrics.items():  # JSON has no NaN: null where a statistic is undefined
+            line[name] = float(f"{value:.6g}") if math.isfinite(value) else None
         with open(self.path("metrics.jsonl"), "a") as f:
-            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+            f.write(json.dumps(line) + "\n")
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix({name.split("/")[-1]: f"{v:.3g}" for name, v in list(metrics.items())[:4]})
 
@@ -302,10 +309,7 @@ class Run:
             torch.save(state, f)
 
     def restore(self, path: str):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        state = load_file(path)
         for name, value in self.arguments().items():
             if state["arguments"].get(name) != value:
                 raise UserError(f"--resume: {self.options.out} was started with {name} = "

@@ -70,7 +70,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
         raise ValueError("a prompt must have at least one token")
     if P + max_new_tokens > block:
         raise ValueError(f"a prompt of {P} tokens and {max_new_tokens} new ones exceed the context of {block}")
-    device, S = model.device, P + max_new_tokens
+    device, S, training = model.device, P + max_new_tokens, model.training
+    model.eval()  # no dropout: the log-probabilities are the model's own
     ids = torch.full((R, S), pad)
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
@@ -110,6 +111,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
                 break
         if step < max_new_tokens - 1:
             hidden = model(token[:, None], cache)[:, 0]  # (n, C)
+    model.train(training)
 
     T = int(lengths.max())
     column = torch.arange(1, T, device=device)  # the token that target-aligned column t is about

@@ -85,7 +85,7 @@ def load_tokenizer(name: str) -> Tokenizer:
         except Exception as error:  # whatever the network layer raises
             raise UserError("the gpt2 vocabulary is neither in tiktoken's cache (TIKTOKEN_CACHE_DIR) nor could it be "
                             f"downloaded ({type(error).__name__}); go online once or give a file of ranks") from None
-    if not os.path.exists(name):
+    if not os.path.isfile(name):
         hint = "; python data/notes/prepare.py writes it" if name == DEFAULT_VOCAB else ""
         raise UserError(f"no vocabulary at {name}{hint}")
     ranks = {}
@@ -96,7 +96,7 @@ def load_tokenizer(name: str) -> Tokenizer:
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except (ValueError, binascii.Error):
                 raise UserError(f"{name}:{n}: not a line of a tiktoken vocabulary (base64, space, rank)") from None
-    if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([i]) in ranks for i in range(256)):
         raise UserError(f"{name}: the ranks must be 0, 1, 2, ... with the 256 single bytes among them")
     return Tokenizer(ranks)
 

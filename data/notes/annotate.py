@@ -30,10 +30,10 @@ class Config:
     prompts: str = "data/notes/prompts_train.jsonl"  # prompts of the training pairs
     valid_prompts: str = "data/notes/prompts_eval.jsonl"  # prompts of the held-out pairs
     out: str = "out/prefs"  # folder for train.jsonl and valid.jsonl
-    pairs: int = 6000  # training pairs, at most one a prompt
-    valid_pairs: int = 1000  # held-out pairs
-    temperature: float = 1.0  # of the annotator, in points of the gold reward: higher is noisier
-    max_new_tokens: int = 64  # longest answer
+    pairs: int = 10000  # training pairs
+    valid_pairs: int = 3000  # held-out pairs
+    temperature: float = 3.0  # of the annotator, in points of the gold reward: higher is noisier
+    max_new_tokens: int = 80  # longest answer
     seed: int = 0
     device: str = "auto"  # auto, cpu, cuda, mps
 
@@ -64,12 +64,15 @@ def main(config: Config):
     for name, path, wanted in (("train", config.prompts, config.pairs),
                                ("valid", config.valid_prompts, config.valid_pairs)):
         prompts, ids = load_prompts(path, tokenizer, room)
-        prompts, ids = prompts[:wanted], ids[:wanted]
+        rounds = -(-wanted // len(ids))  # more pairs than prompts: some prompts again, with other answers
+        prompts, ids = (prompts * rounds)[:wanted], (ids * rounds)[:wanted]
         samples = sample_text(policy, tokenizer, ids * 2, config.max_new_tokens, seed=config.seed + (name == "valid"))
         both = list(zip(prompts, samples[: len(ids)], samples[len(ids) :]))
         kept = [(prompt, a["text"], b["text"]) for prompt, a, b in both
                 if a["ended"] and b["ended"] and a["text"] != b["text"] and a["text"].strip() and b["text"].strip()]
         records = list(label([k[0] for k in kept], [k[1:] for k in kept], config.temperature, rng))
+        if not records:
+            raise UserError(f"{path}: no pair is left of {len(both)}: no two different answers that are finished")
         with atomic(os.path.join(config.out, f"{name}.jsonl")) as f:
             f.writelines(json.dumps(record) + "\n" for record in records)
         ceiling = sum(max(r["probability"], 1 - r["probability"]) for r in records) / len(records)

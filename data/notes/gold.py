@@ -4,17 +4,17 @@ A text is cut into sentences; each sentence is looked up among the templates of 
 spaces do not matter), which gives its act and its slot values; what is found nowhere is an unknown clause. Then:
 
     letters    greeting by the right name, first                                     +1
-               the act asked for                        (+0.5 if it names no thing)  +2
+               the act asked for                        (+0.5 if it names no thing)  +1.5
                each of its two courtesies (reason, praise, wish, thanks, ...)        +0.5
-               exactly one closing, at the end                                       +1
-    explain    greeting +1, each of two different true facts +1.5, exactly one kind remark, at the end +1
+               exactly one closing, at the end                                       +1.5
+    explain    greeting +1, each of two different true facts +1.25, exactly one kind remark, at the end +1.5
     summarise  who, what and where +1 each (in the first summary sentence), nothing but one sentence +2
-    sum        right result +3 (wrong or two different ones -3), exactly one kind remark, at the end +1, and +1 for
-               the greeting ("what is 7 plus 5?") or for a result with the right name and objects ("Ben has ...")
-    any        the request not answered -2, a wrong name -2, a wrong thing, day, fact, ... -2 (each once a sentence),
-               two different answers to a letter -4, a rude sentence -2, a sentence off the topic -1.5, filler or a
-               third fact -0.5, a repeated act or sentence -1.5, a greeting that is not first -1, a sentence after the
-               end -1, an unknown clause -2 and -0.2 a word, each word beyond 50 -0.1
+    sum        right result +2.5 (wrong or two different ones -2), exactly one kind remark, at the end +1.5, and +1 for
+               the greeting ("what is 5 plus 4?") or for a result with the right name and objects ("Ben has ...")
+    any        a rude sentence -3, filler or a third fact -1.5, a wrong name -3, a wrong thing, day, fact, ... -2 (each
+               once a sentence), the request not answered -0.5, two different answers to a letter -4, a sentence off the
+               topic -0.5, a repeated act or sentence -0.5, a greeting that is not first -1, a sentence after the end -1,
+               an unknown clause -0.5 and -0.1 a word, each word beyond 50 -0.1
 
 and the sum is cut to [-5, 5]. An empty text is worth -5; all that is needed, right, and nothing else, is worth 5.
 """
@@ -121,23 +121,23 @@ def explain(prompt, completion: str) -> dict:
             add("after the end", -1)
         ended = ended or act == end
         if act is None:
-            add("unknown", -2 - 0.2 * len(sentence.split()))
+            add("unknown", -0.5 - 0.1 * len(sentence.split()))
             continue
         subject = (act, dict(pairs).get("pred")) if act in plan else sentence
         if subject in seen:
-            add("repeated", -1.5)
+            add("repeated", -0.5)
         seen.add(subject)
         wrong = {slot for slot, value in pairs if value not in right.get(slot, {value})}
         if "name" in wrong:
-            add("wrong name", -2)
+            add("wrong name", -3)
         if act == "greeting" and i > 0:
             add("greeting not first", -1)
         if act == "rude":
-            add("rude", -2)
+            add("rude", -3)
         elif act in ("filler", "detail"):
-            add("filler", -0.5)
+            add("filler", -1.5)
         elif act not in plan:
-            add("off topic", -1.5)
+            add("off topic", -0.5)
         elif wrong - {"name", "c"}:
             add("wrong thing", -2)
         if act in answers:
@@ -149,29 +149,29 @@ def explain(prompt, completion: str) -> dict:
     if "greeting" in plan and sentences[0][0] == "greeting" and sentences[0][1] == [("name", want["name"])]:
         add("greeting", 1)
     if family != "summarise" and acts.count(end) == 1 and acts[-1] == end:
-        add(end, 1)
+        add(end, 1.5)
     if family in LETTERS:
         if answer_slots:
-            add("answer", 2 if any(answer_slots) else 0.5)
+            add("answer", 1.5 if any(answer_slots) else 0.5)
         for courtesy in (family + ".x", family + ".y"):
             add(courtesy, 0.5 if courtesy in acts else 0)
         said = [slots for slots in answer_slots if slots]
         if any(slots != said[0] for slots in said) or family == "decline" and "accept" in acts:
             add("contradiction", -4)
     elif family == "explain":
-        add("facts", 1.5 * min(len(facts), 2))
-        add("filler", -0.5 * max(len(facts) - 2, 0))
+        add("facts", 1.25 * min(len(facts), 2))
+        add("filler", -1.5 * max(len(facts) - 2, 0))
     elif family == "summarise":
         for slot in ("name", "deed", "place"):          # who, what, where
             add(slot, 1 if answer_slots and answer_slots[0].get(slot) == want[slot] else 0)
         add("one sentence", 2 if acts == ["summary"] else 0)
     else:
         results = {slots["c"] for slots in answer_slots}
-        add("result", 3 if results == {want["c"]} else -3 if results else 0)
+        add("result", 2.5 if results == {want["c"]} else -2 if results else 0)
         full = [slots for slots in answer_slots if slots.get("name") == want["name"]]
         add("full sentence", 1 if story and any(slots["count"] == want["count"] for slots in full) else 0)
     if not (facts if family == "explain" else answer_slots):
-        add("not answered", -2)
+        add("not answered", -0.5)
     add("too long", -0.1 * max(len(text.split()) - MAX_WORDS, 0))
     return {part: points for part, points in parts.items() if points}
 

@@ -16,15 +16,18 @@ from world import ACTS, FACTS, FILLERS, KIND, LETTERS, REQUESTS, ask, complete, 
 
 BASE_TRAIN, BASE_VALID = 30_000, 500        # documents
 SFT_TRAIN, SFT_VALID = 20_000, 500          # records
-PROMPTS_TRAIN, PROMPTS_EVAL = 6_000, 1_000  # distinct prompts
+PROMPTS_TRAIN, PROMPTS_EVAL = 5_000, 500  # distinct prompts
 TWO_TURNS = 0.08                            # share of the SFT records that are conversations with two requests
 RANKS = 1018                                # tokens, so that 6 special ones make 1024
 
-# how often an answer has each defect, independently of the others
-DEFECTS = {"no greeting": 0.16, "wrong name": 0.28, "wrong thing": 0.28, "wrong sum": 0.23, "vague": 0.16,
-           "no x": 0.32, "no y": 0.32, "rude": 0.26, "no closing": 0.26, "two closings": 0.06, "filler": 0.22,
-           "repeated": 0.10, "off topic": 0.13, "not answered": 0.10}
-# the slots that "wrong thing" may replace
+# how often an ordinary writer's answer has each defect; the careful and the careless have them less and more often,
+# so defects come together, and one of them says something about the others, as with people
+DEFECTS = {"no greeting": 0.25, "wrong name": 0.015, "wrong thing": 0.02, "wrong sum": 0.03, "vague": 0.04,
+           "no x": 0.30, "no y": 0.30, "rude": 0.35, "no closing": 0.30, "two closings": 0.02, "filler": 0.40,
+           "repeated": 0.015, "off topic": 0.02, "not answered": 0.02}
+CARE = (0.1, 1.0, 2.2)                      # careful, ordinary and careless writers multiply these probabilities
+WRITERS = {"base": (50, 35, 15), "sft": (20, 40, 40)}  # how many of each there are
+
 THINGS = ("event", "thing", "mishap", "feat", "day", "pred1", "pred2", "deed", "place", "count")
 
 
@@ -39,7 +42,7 @@ def draw(rng, family: str, evaluation: bool = False) -> tuple[str, dict]:
 
 def perfect(rng, family: str, story: bool) -> list[tuple[str, str]]:
     """A perfect answer: [(act, template), ...]. story: whether a sum is told as a story."""
-    plain = rng.choice(ACTS["working"][:4])
+    plain = rng.choice(ACTS["working"][:3])
     if family in LETTERS:
         plan = [("greeting", None), (family, rng.choice(ACTS[family][:-1])), (family + ".x", None),
                 (family + ".y", None), ("closing", None)]
@@ -48,7 +51,7 @@ def perfect(rng, family: str, story: bool) -> list[tuple[str, str]]:
         plan = [("greeting", None), ("fact", one.replace("pred", "pred1")), ("fact", two.replace("pred", "pred2")),
                 ("kind", None)]
     elif family == "summarise":
-        plan = [("summary", rng.choice(ACTS["summary"][:6]))]
+        plan = [("summary", rng.choice(ACTS["summary"][:4]))]
     elif story:
         plan = [("working", plain)] * rng.randint(0, 1) + [("result", None), ("kind", None)]
     else:
@@ -60,13 +63,14 @@ def another(rng, slot: str, value: str) -> str:
     return rng.choice([filler for filler in FILLERS[slot.rstrip("12")] if filler != value])
 
 
-def answer(rng, family: str, slots: dict) -> str:
-    """An answer as people write them: a perfect one, then each defect with its probability."""
+def answer(rng, family: str, slots: dict, writers: str = "sft") -> str:
+    """An answer as people write them: a perfect one, then each defect with the probability of a random writer."""
+    care, = rng.choices(CARE, WRITERS[writers])
     slots = dict(complete(slots))
     if family == "explain":
         slots["pred1"], slots["pred2"] = rng.sample(FACTS[slots["topic"]], 2)
     plan = perfect(rng, family, "verb" in slots)
-    defects = {name for name, probability in DEFECTS.items() if rng.random() < probability}
+    defects = {name for name, probability in DEFECTS.items() if rng.random() < probability * care}
 
     # wrong: the slots
     if "wrong name" in defects:
@@ -80,7 +84,7 @@ def answer(rng, family: str, slots: dict) -> str:
     # missing or vague: the plan
     if "vague" in defects:
         vague = {family: ACTS.get(family, [""])[-1], "working": ACTS["working"][-1],
-                 "summary": rng.choice(ACTS["summary"][6:])}
+                 "summary": rng.choice(ACTS["summary"][4:])}
         plan = [(act, vague.get(act, template)) for act, template in plan]
     missing = {"no greeting": ["greeting"], "no closing": ["closing"], "no x": [family + ".x"],
                "no y": [family + ".y", "kind"], "not answered": [family, "fact", "summary", "working", "result"]}
@@ -98,7 +102,7 @@ def answer(rng, family: str, slots: dict) -> str:
         template = rng.choice(ACTS[other])
         extra.append(fill(template, {slot: rng.choice(FILLERS[slot]) for slot in slots_of(template)} | slots))
     if "filler" in defects or not body:
-        extra += rng.sample(ACTS["filler"], rng.choice((1, 1, 1, 2)))
+        extra += rng.sample(ACTS["filler"], rng.choice((1, 1, 2, 2)))
     if "rude" in defects:
         extra.append(rng.choice(ACTS["rude"]))
     for sentence in extra:
@@ -110,18 +114,17 @@ def answer(rng, family: str, slots: dict) -> str:
 
 def document(rng) -> str:
     """A text for pretraining: people asking and writing, letters, stories, facts and (true) sums."""
-    form, = rng.choices(("exchange", "letter", "story", "facts", "sums"), (25, 32, 12, 12, 19))
-    if form == "exchange":
-        family = rng.choice(list(REQUESTS))
+    form, = rng.choices(("exchange", "letter", "story", "facts", "sums"), (65, 5, 7, 6, 17))
+    if form in ("exchange", "letter"):
+        family = rng.choice(list(REQUESTS) if form == "exchange" else LETTERS)
         template, slots = draw(rng, family)
+        asked, written = ask(template, slots), answer(rng, family, slots, "base")
         asker, writer = rng.sample(FILLERS["name"], 2)
-        return f"One day {asker} asked: {ask(template, slots)} Then {writer} wrote: {answer(rng, family, slots)}"
-    if form == "letter":
-        family = rng.choice(LETTERS)
-        return answer(rng, family, draw(rng, family)[1])
+        frame = rng.choice(("{asked} {written}", "One day {asker} asked: {asked} Then {writer} wrote: {written}"))
+        return written if form == "letter" else frame.format(**locals())
     if form == "story":
         _, slots = draw(rng, "summarise")
-        story = ["one day {name} was {place}.", "{detail}.", "there {name} {deed}.", rng.choice(ACTS["summary"][:6])]
+        story = ["one day {name} was {place}.", "{detail}.", "there {name} {deed}.", rng.choice(ACTS["summary"][:4])]
     elif form == "facts":
         _, slots = draw(rng, "explain")
         story = [rng.choice(ACTS["fact"]).replace("{pred}", pred) for pred in rng.sample(FACTS[slots["topic"]], 3)]
@@ -130,7 +133,7 @@ def document(rng) -> str:
         for _ in range(rng.choice((2, 3))):
             slots = complete(draw(rng, "sum")[1])
             told = ["here {name} has {a} {count} and {verb} {b}.", rng.choice(ACTS["result"])]
-            told = told * ("verb" in slots) + [rng.choice(ACTS["working"][:4])]
+            told = told * ("verb" in slots) + [rng.choice(ACTS["working"][:3])]
             story += [fill(template, slots) for template in told]
     return join([fill(template, slots) for template in story])
 

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# The whole pipeline on the embedded data, a few minutes on a laptop's CPU: every line can be typed by hand.
+# SEED=1 ./quickstart.sh gives another run; PYTHON is the interpreter that has nanopost installed.
+set -e
+python=${PYTHON:-python} seed=${SEED:-0} out=${OUT:-out} started=$(date +%s)
+
+# the data: documents, demonstrations, prompts and the vocabulary
+$python data/notes/prepare.py
+
+# pretraining: every token is a target
+$python train_sft.py --seed $seed --init scratch --data data/notes/base_train.jsonl --valid data/notes/base_valid.jsonl --lr 4e-3 --out $out/base
+
+# SFT: imitate demonstrations, good and bad
+$python train_sft.py --seed $seed --init $out/base --data data/notes/sft_train.jsonl --valid data/notes/sft_valid.jsonl --epochs 1.5 --out $out/sft
+
+# preferences: two answers of the SFT model to each prompt, judged by the simulated annotator
+$python data/notes/annotate.py --seed $seed --policy $out/sft --out $out/prefs
+
+# RLHF, first half: a reward model of these preferences
+$python train_rm.py --seed $seed --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl --out $out/rm
+
+# DPO: the preferences without a reward model
+$python train_dpo.py --seed $seed --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl --out $out/dpo
+
+# RLHF, second half: PPO against the reward model
+$python train_ppo.py --seed $seed --init $out/sft --reward $out/rm --prompts data/notes/prompts_train.jsonl --out $out/ppo
+
+# what came of it, on held-out prompts, by the true reward that no training saw
+$python -m nanopost.evaluate $out/base $out/sft $out/dpo $out/ppo --reference $out/sft --reward $out/rm --gold data/notes/gold.py:score \
+    --prompts data/notes/prompts_eval.jsonl --pairs $out/prefs/valid.jsonl --since $started --json $out/report.json

@@ -1,0 +1,199 @@
+"""What the tests share: a byte-level tokenizer, tiny models, and a workshop of toy data on which every script runs."""
+
+import importlib
+import json
+import os
+import runpy
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+for folder in (ROOT / "data" / "notes", ROOT):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+from nanopost.model import GPT, GPTConfig  # noqa: E402
+from nanopost.run import save_model  # noqa: E402
+from nanopost.tokenizer import Tokenizer  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_every_time_and_offline(monkeypatch):
+    """Fixed random numbers, the working directory at the root, and no way to reach the network."""
+
+    def refuse(*_):
+        raise OSError("the tests run without a network")
+
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.chdir(ROOT)
+
+
+MERGES = (b"th", b"the", b" a", b" th", b"an", b"and")  # in order of rank, each made of two earlier tokens
+
+
+def make_tokenizer() -> Tokenizer:
+    tokens = [bytes([i]) for i in range(256)] + list(MERGES)
+    return Tokenizer({token: rank for rank, token in enumerate(tokens)})
+
+
+def make_model(vocab_size, block_size=48, dropout=0.0, scalar_head=False, favour=None, seed=0, noise=0.2) -> GPT:
+    """Two layers, two heads, 16 wide, far from its initialisation: no bias is 0 and no distribution uniform.
+
+    `favour` is a token that the model likes to say next, about once in five tokens: the end token, so that answers end.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model = GPT(GPTConfig(vocab_size, block_size, n_layer=2, n_head=2, n_embd=16, dropout=dropout,
+                          scalar_head=scalar_head))
+    with torch.no_grad():
+        for p in model.parameters():
+            start = torch.ones_like(p) if p.dim() == 1 and p.mean() == 1 else torch.zeros_like(p)
+            p.copy_(start + noise * torch.randn(p.shape, generator=generator))
+        if favour is not None:
+            row = model.wte.weight[favour]
+            model.ln_f.bias += 4.2 * row / row.square().sum()
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """make_model: a function that makes a tiny model."""
+    return make_model
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Everything that is computed in fp32 is computed in double precision instead, so that 1e-10 means equal."""
+    as_float32 = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else as_float32(x).double())
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def write_lines(path, records) -> str:
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records)
+    return str(path)
+
+
+@pytest.fixture
+def lines(tmp_path):
+    """lines(records, name) writes a JSONL file (strings go in as they are) and returns its path."""
+    return lambda records, name="data.jsonl": write_lines(tmp_path / name, records)
+
+
+REWARD = '''
+def vowels(prompts, completions):
+    """The share of vowels in an answer."""
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+'''
+
+
+@dataclass
+class Workshop:
+    """Toy data and toy models in one folder, and how to run a script on them: workshop.run("dpo", out, steps=2)."""
+
+    folder: Path
+
+    def path(self, name) -> str:
+        return str(self.folder / name)
+
+    def config(self, script: str, out, **options):
+        """The configuration of a quick run of train_<script>.py into the folder `out`."""
+        defaults = {
+            "sft": dict(init=self.path("base"), data=self.path("sft.jsonl"), valid=self.path("sft_valid.jsonl"),
+                        lr=1e-2),
+            "rm": dict(init=self.path("sft"), data=self.path("pairs.jsonl"), valid=self.path("pairs_valid.jsonl"),
+                       normalise=8, max_new_tokens=8, lr=1e-2),
+            "dpo": dict(init=self.path("sft"), data=self.path("pairs.jsonl"), valid=self.path("pairs_valid.jsonl"),
+                        max_new_tokens=8, lr=1e-2),
+            "ppo": dict(init=self.path("sft"), reward=self.path("rm"), prompts=self.path("prompts.jsonl"),
+                        valid=self.path("prompts_valid.jsonl"), max_new_tokens=8, eval_prompts=4, epochs=2,
+                        minibatches=2, warmup=0, lr=1e-2),
+        }[script]
+        common = dict(out=str(out), steps=4, batch_size=8, micro_batch=0, log_every=1, eval_every=2, save_every=100,
+                      device="cpu", compile=False)
+        return self.module(script).Config(**{**common, **defaults, **options})
+
+    def module(self, script: str):
+        return importlib.import_module(f"train_{script}")
+
+    def run(self, script: str, out, **options):
+        self.module(script).main(self.config(script, out, **options))
+        return Path(out)
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory) -> Workshop:
+    """Made once, and only read by the tests. The models favour the end token, so that most answers end."""
+    folder, tokenizer = tmp_path_factory.mktemp("workshop"), make_tokenizer()
+    end = tokenizer.end
+    other = Tokenizer({bytes([255 - i]): i for i in range(256)} | {token: 256 + i for i, token in enumerate(MERGES)})
+
+    def save(name, vocabulary=tokenizer, **options):
+        save_model(str(folder / name), make_model(vocabulary.vocab_size, **options), vocabulary, {"method": "toy"})
+
+    save("base", seed=1)
+    save("sft", seed=2, favour=end)
+    save("dropout", seed=3, favour=end, dropout=0.1)
+    save("rm", seed=4, scalar_head=True)
+    save("other_vocab", other, seed=5)
+    save("other_vocab_rm", other, seed=5, scalar_head=True)
+    with open(folder / "vocab.tiktoken", "w") as f:
+        tokenizer.write(f)
+
+    words = ["cat", "dog", "sun", "moon", "tree", "map", "hat", "lamp", "bus", "key", "cup", "pen"]
+    say = [{"prompt": f"Say {w}!", "completion": f"The {w} and the {w}."} for w in words]
+    pairs = [{"prompt": f"Say {w}!", "chosen": f"Oh, {w}" + "!" * (i % 4), "rejected": f"{w} no"}
+             for i, w in enumerate(words * 2)]
+    write_lines(folder / "sft.jsonl", say + say)
+    write_lines(folder / "sft_valid.jsonl", say[:5])
+    write_lines(folder / "pairs.jsonl", pairs)
+    write_lines(folder / "pairs_valid.jsonl", pairs[:5])
+    write_lines(folder / "prompts.jsonl", [{"prompt": r["prompt"]} for r in say + say])
+    write_lines(folder / "prompts_valid.jsonl", [{"prompt": r["prompt"]} for r in say[:5]])
+    (folder / "reward.py").write_text(REWARD)
+    return Workshop(folder)
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """command("train_sft.py", "--lr", "1") runs a file as from the command line -> (exit code, stdout, stderr)."""
+
+    def run(file, *arguments):
+        monkeypatch.setattr(sys, "argv", [os.path.basename(file), *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / file), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run
+
+
+def read_metrics(folder, *without) -> list[dict]:
+    with open(Path(folder) / "metrics.jsonl") as f:
+        return [{k: v for k, v in json.loads(line).items() if k not in without} for line in f]
+
+
+@pytest.fixture(scope="session")
+def metrics():
+    """metrics(folder, *without): the lines of metrics.jsonl, without these keys."""
+    return read_metrics

@@ -1,0 +1,788 @@
+"""The four scripts: their losses against numbers worked out by hand, and whole runs on toy data."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_dpo
+import train_ppo
+import train_rm
+import train_sft
+from nanopost.config import UserError
+from nanopost.data import load_pairs
+from nanopost.run import Run, load_model
+from nanopost.sampling import score_samples
+from train_dpo import dpo_loss
+from train_ppo import adapt, gae, policy_loss, token_rewards, value_loss, whiten
+from train_rm import pairwise_loss
+from train_sft import masked_cross_entropy
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["sft", "rm", "dpo", "ppo"]
+
+
+def tensor(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+# ------------------------------------------------------------------------------------------ SFT: masked_cross_entropy
+
+PROBABILITIES = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6], [0.3, 0.3, 0.4]])
+TARGETS, MASK = torch.tensor([1, 1, 0, 2]), torch.tensor([True, False, True, True])
+BY_HAND = -(math.log(0.25) + math.log(0.2) + math.log(0.4))
+
+
+def test_cross_entropy_is_the_mean_over_the_targets_only():
+    assert masked_cross_entropy(PROBABILITIES.log(), TARGETS, MASK).item() == pytest.approx(BY_HAND / 3, abs=1e-6)
+
+
+def test_cross_entropy_divides_by_the_count_it_is_given():
+    loss = masked_cross_entropy(PROBABILITIES.log(), TARGETS, MASK, count=10)
+    assert loss.item() == pytest.approx(BY_HAND / 10, abs=1e-6)
+
+
+def test_cross_entropy_weighs_tokens_not_rows():
+    logits, targets = PROBABILITIES.log().view(2, 2, 3), TARGETS.view(2, 2)  # rows with 1 and with 2 targets
+    assert masked_cross_entropy(logits, targets, MASK.view(2, 2)).item() == pytest.approx(BY_HAND / 3, abs=1e-6)
+
+
+def test_cross_entropy_leaves_positions_outside_the_mask_without_any_gradient():
+    logits = torch.randn(4, 3, requires_grad=True)
+    masked_cross_entropy(logits, TARGETS, MASK).backward()
+    assert (logits.grad[1] == 0).all() and (logits.grad[MASK] != 0).all()
+    expected = (logits.softmax(-1) - torch.nn.functional.one_hot(TARGETS, 3)) / 3
+    torch.testing.assert_close(logits.grad[MASK], expected[MASK])
+
+
+def test_cross_entropy_is_computed_in_fp32_even_from_half_precision():
+    logits = torch.randn(4, 3).bfloat16()
+    assert masked_cross_entropy(logits, TARGETS, MASK).dtype == torch.float32
+
+
+# -------------------------------------------------------------------------------------------------- RM: pairwise_loss
+
+
+def test_pairwise_loss_is_the_mean_negative_log_sigmoid_of_the_difference():
+    expected = -(math.log(sigmoid(2.0 - 1.0)) + math.log(sigmoid(0.0 - 3.0))) / 2
+    assert pairwise_loss(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 3.0])).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_pairwise_loss_of_equal_rewards_is_ln_2_and_only_differences_matter():
+    a, b = torch.randn(5), torch.randn(5)
+    assert pairwise_loss(a, a).item() == pytest.approx(math.log(2), abs=1e-6)
+    assert pairwise_loss(a + 3, b + 3).item() == pytest.approx(pairwise_loss(a, b).item(), abs=1e-5)
+
+
+def test_pairwise_loss_stays_finite_for_extreme_rewards():
+    assert pairwise_loss(torch.tensor([-1000.0]), torch.tensor([1000.0])).item() == pytest.approx(2000.0)
+    assert pairwise_loss(torch.tensor([1000.0]), torch.tensor([-1000.0])).item() == 0.0
+
+
+# ------------------------------------------------------------------------------------------------------ DPO: dpo_loss
+
+CHOSEN, REJECTED = tensor(-10.0, -20.0), tensor(-12.0, -15.0)
+REF_CHOSEN, REF_REJECTED = tensor(-11.0, -18.0), tensor(-11.5, -16.0)
+
+
+def test_dpo_loss_at_the_reference_is_ln_2_with_rewards_0():
+    losses, good, bad = dpo_loss(CHOSEN, REJECTED, CHOSEN, REJECTED, beta=0.3)
+    assert losses.tolist() == pytest.approx([math.log(2)] * 2)
+    assert good.tolist() == bad.tolist() == [0.0, 0.0]
+
+
+def test_dpo_loss_is_equation_7():
+    losses, good, bad = dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, beta=0.2)
+    assert good.tolist() == pytest.approx([0.2 * 1.0, 0.2 * -2.0])
+    assert bad.tolist() == pytest.approx([0.2 * -0.5, 0.2 * 1.0])
+    assert losses.tolist() == pytest.approx([-math.log(sigmoid(0.2 * 1.5)), -math.log(sigmoid(0.2 * -3.0))])
+
+
+def test_dpo_label_smoothing_mixes_in_the_loss_of_the_swapped_pair():
+    losses, _, _ = dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, beta=0.2, label_smoothing=0.1)
+    expected = [-0.9 * math.log(sigmoid(h)) - 0.1 * math.log(sigmoid(-h)) for h in (0.3, -0.6)]
+    assert losses.tolist() == pytest.approx(expected)
+    right, _, _ = dpo_loss(CHOSEN, REJECTED, REF_CHOSEN, REF_REJECTED, label_smoothing=0.5)
+    wrong, _, _ = dpo_loss(REJECTED, CHOSEN, REF_REJECTED, REF_CHOSEN, label_smoothing=0.5)
+    torch.testing.assert_close(right, wrong)
+
+
+def test_dpo_gradient_raises_the_chosen_and_lowers_the_rejected_by_beta_sigma_of_the_error():
+    chosen, rejected = CHOSEN.clone().requires_grad_(), REJECTED.clone().requires_grad_()
+    losses, good, bad = dpo_loss(chosen, rejected, REF_CHOSEN, REF_REJECTED, beta=0.2)
+    losses.sum().backward()
+    expected = [0.2 * sigmoid(-0.3), 0.2 * sigmoid(0.6)]  # larger where the pair is ranked wrongly
+    assert (-chosen.grad).tolist() == pytest.approx(expected) and rejected.grad.tolist() == pytest.approx(expected)
+    assert not good.requires_grad and not bad.requires_grad
+
+
+# --------------------------------------------------------------------------------------------- PPO: rewards and GAE
+
+RESPONSE = torch.tensor([[False, True, True, True, False, False], [False, False, True, True, True, True],
+                         [True, False, False, False, False, False]])
+
+
+def test_token_rewards_are_minus_beta_k1_with_the_score_on_the_last_response_token():
+    logprobs, ref = torch.randn(3, 6).double(), torch.randn(3, 6).double()
+    rewards = token_rewards(tensor(2.0, -1.0, 0.5), logprobs, ref, RESPONSE, beta=0.1)
+    expected = torch.zeros(3, 6, dtype=torch.float64)
+    for b in range(3):
+        for t in range(6):
+            if RESPONSE[b, t]:
+                expected[b, t] = -0.1 * (logprobs[b, t] - ref[b, t])
+    expected[0, 3] += 2.0
+    expected[1, 5] -= 1.0
+    expected[2, 0] += 0.5
+    torch.testing.assert_close(rewards, expected)
+
+
+def test_token_rewards_are_lower_where_the_policy_is_surer_than_the_reference():
+    mask = torch.tensor([[True, True]])
+    rewards = token_rewards(tensor(0.0), tensor(-1.0, -3.0)[None], tensor(-2.0, -2.0)[None], mask, beta=1.0)
+    assert rewards.tolist() == [[-1.0, 1.0]]
+
+
+def test_rewards_advantages_and_losses_ignore_what_stands_outside_the_mask():
+    def everything(junk):
+        numbers = torch.randn(5, 3, 6, generator=torch.Generator().manual_seed(0))
+        fill = [torch.where(RESPONSE, x, junk) for x in numbers]
+        rewards = token_rewards(torch.ones(3), fill[0], fill[1], RESPONSE, 0.1)
+        advantages, returns = gae(torch.where(RESPONSE, rewards, junk), fill[2], RESPONSE)
+        white = whiten(torch.where(RESPONSE, advantages, junk), RESPONSE)
+        return [rewards, advantages, returns, white, policy_loss(fill[0], fill[3], white, RESPONSE),
+                value_loss(fill[2], fill[4], returns, RESPONSE)]
+
+    for clean, dirty in zip(everything(0.0), everything(1e4)):
+        torch.testing.assert_close(clean, dirty)
+
+
+def gae_by_double_sum(rewards, values, mask, gamma, lam):
+    """A_t = sum over l of (gamma lambda)^l delta_{t+l}, with the value 0 after a row's last token."""
+    advantages = torch.zeros_like(rewards)
+    for b in range(len(rewards)):
+        tokens = mask[b].nonzero()[:, 0].tolist()
+        for t in tokens:
+            for u in [u for u in tokens if u >= t]:
+                after = values[b, u + 1] if u + 1 in tokens else 0.0
+                advantages[b, t] += (gamma * lam) ** (u - t) * (rewards[b, u] + gamma * after - values[b, u])
+    return advantages
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0), (0.99, 0.0)])
+def test_gae_is_the_discounted_sum_of_temporal_differences(gamma, lam):
+    rewards, values = torch.randn(3, 6).double(), torch.randn(3, 6).double()
+    advantages, returns = gae(rewards, values, RESPONSE, gamma, lam)
+    expected = gae_by_double_sum(rewards, values, RESPONSE, gamma, lam)
+    torch.testing.assert_close(advantages, expected)
+    torch.testing.assert_close(returns, (expected + values) * RESPONSE)
+
+
+def test_gae_with_lambda_1_has_the_sum_of_the_rewards_to_come_as_return():
+    rewards, values = torch.randn(3, 6).double() * RESPONSE, torch.randn(3, 6).double()
+    _, returns = gae(rewards, values, RESPONSE, gamma=1.0, lam=1.0)
+    torch.testing.assert_close(returns, rewards.flip(1).cumsum(1).flip(1) * RESPONSE)
+
+
+def test_gae_with_lambda_0_is_the_one_step_error():
+    advantages, _ = gae(tensor(0.0, 1.0, 5.0)[None], tensor(2.0, 3.0, 4.0)[None], torch.ones(1, 3).bool(), 0.5, 0.0)
+    assert advantages.tolist() == [[0 + 0.5 * 3 - 2, 1 + 0.5 * 4 - 3, 5 - 4]]
+
+
+def test_whitened_advantages_have_mean_0_and_biased_variance_1_over_the_mask():
+    x = torch.where(RESPONSE, torch.randn(3, 6).double() * 3 + 7, 1000.0)
+    white = whiten(x, RESPONSE)
+    assert white[RESPONSE].mean().item() == pytest.approx(0.0, abs=1e-9)
+    assert white[RESPONSE].var(correction=0).item() == pytest.approx(1.0, abs=1e-6)
+    assert (white[~RESPONSE] == 0).all()
+
+
+def test_whitening_without_shift_keeps_the_mean():
+    x = torch.where(RESPONSE, torch.randn(3, 6).double() * 3 + 7, 1000.0)
+    white = whiten(x, RESPONSE, shift_mean=False)
+    assert white[RESPONSE].mean().item() == pytest.approx(x[RESPONSE].mean().item())
+    assert white[RESPONSE].var(correction=0).item() == pytest.approx(1.0, abs=1e-6)
+    assert (white[~RESPONSE] == 0).all()
+
+
+def test_whitening_equal_numbers_gives_zeros():
+    assert whiten(torch.full((3, 6), 2.5), RESPONSE).abs().max() < 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------ PPO: losses
+
+
+@pytest.mark.parametrize("ratio, advantage, loss, learns", [
+    (1.5, 1.0, -1.2, False),  # a good token, already likelier by more than the clip: no further
+    (0.5, 1.0, -0.5, True),  # a good token that became less likely: bring it back
+    (1.5, -1.0, 1.5, True),  # a bad token that became likelier: bring it back
+    (0.5, -1.0, 0.8, False),  # a bad token, already less likely by more than the clip: no further
+    (1.1, 2.0, -2.2, True), (0.9, -2.0, 1.8, True)])  # inside the clip
+def test_policy_loss_clips_only_what_has_moved_far_enough_the_right_way(ratio, advantage, loss, learns):
+    old = tensor(-2.0)[None]
+    new = (old + math.log(ratio)).requires_grad_()
+    value = policy_loss(new, old, tensor(advantage)[None], torch.tensor([[True]]), clip=0.2)
+    assert value.item() == pytest.approx(loss)
+    value.backward()
+    assert new.grad.item() == pytest.approx(-advantage * ratio if learns else 0.0)
+
+
+def test_policy_loss_is_the_mean_over_response_tokens_or_the_sum_over_a_count():
+    zeros, advantages = torch.zeros(3, 6).double(), torch.randn(3, 6).double()
+    expected = -advantages[RESPONSE].sum().item()
+    assert policy_loss(zeros, zeros, advantages, RESPONSE).item() == pytest.approx(expected / 8)
+    assert policy_loss(zeros, zeros, advantages, RESPONSE, count=20).item() == pytest.approx(expected / 20)
+
+
+@pytest.mark.parametrize("value, old, target, loss, learns", [
+    (1.0, 0.0, 2.0, 0.5 * 1.8**2, False),  # moved towards the target by more than the clip: no further
+    (1.0, 0.0, 0.0, 0.5 * 1.0, True),  # moved away from the target: the whole error counts
+    (0.1, 0.0, 1.0, 0.5 * 0.81, True)])  # moved by less than the clip
+def test_value_loss_is_half_the_larger_of_the_plain_and_the_clipped_squared_error(value, old, target, loss, learns):
+    new = tensor(value)[None].requires_grad_()
+    result = value_loss(new, tensor(old)[None], tensor(target)[None], torch.tensor([[True]]), clip=0.2)
+    assert result.item() == pytest.approx(loss)
+    result.backward()
+    assert new.grad.item() == pytest.approx(value - target if learns else 0.0)
+
+
+def test_value_loss_is_the_mean_over_response_tokens_or_the_sum_over_a_count():
+    values, returns = torch.randn(2, 3, 6).double()
+    expected = 0.5 * (values - returns)[RESPONSE].square().sum().item()
+    assert value_loss(values, values, returns, RESPONSE).item() == pytest.approx(expected / 8)
+    assert value_loss(values, values, returns, RESPONSE, count=20).item() == pytest.approx(expected / 20)
+
+
+def test_adaptive_beta_follows_the_kl_and_by_no_more_than_a_fifth_of_the_horizon():
+    assert adapt(0.1, kl=6.0, target=6.0, answers=128, horizon=10000) == pytest.approx(0.1)
+    assert adapt(0.1, kl=6.6, target=6.0, answers=128, horizon=10000) == pytest.approx(0.1 * (1 + 0.1 * 0.0128))
+    assert adapt(0.1, kl=60.0, target=6.0, answers=128, horizon=10000) == pytest.approx(0.1 * (1 + 0.2 * 0.0128))
+    assert adapt(0.1, kl=0.0, target=6.0, answers=128, horizon=10000) == pytest.approx(0.1 * (1 - 0.2 * 0.0128))
+
+
+# ----------------------------------------------------------------------------------------- whole runs of every script
+
+NAMES = {
+    "sft": ({"loss", "grad_norm", "lr"}, {"loss"}),
+    "rm": ({"loss", "accuracy", "margin", "grad_norm", "lr"}, {"loss", "accuracy", "margin"}),
+    "dpo": ({"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+             "logps/rejected", "grad_norm", "lr"}, {"loss", "rewards/accuracies", "rewards/margins"}),
+    "ppo": ({"objective/scores", "objective/kl", "objective/entropy", "objective/non_score_reward",
+             "objective/rlhf_reward", "loss/policy", "loss/value", "policy/approxkl", "policy/clipfrac", "val/clipfrac",
+             "val/ratio", "beta", "lr"}, {"scores", "kl"}),
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_writes_a_loadable_folder_and_the_standard_metrics(script, workshop, tmp_path, metrics, tokenizer):
+    out = workshop.run(script, tmp_path / "deep" / "out")
+    assert sorted(os.listdir(out)) == ["config.json", "metrics.jsonl", "model.pt", "vocab.tiktoken"]
+    model, vocabulary = load_model(str(out), reward=script == "rm")
+    assert vocabulary == tokenizer and all(p.isfinite().all() for p in model.parameters())
+    info = json.loads((out / "config.json").read_text())
+    assert info["method"] == script and info["arguments"]["batch_size"] == 8
+    trained, evaluated = NAMES[script]
+    lines = metrics(out)
+    assert [line["step"] for line in lines if "lr" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if any(name.startswith("eval/") for name in line)] == [0, 2, 4]
+    for line in lines:
+        wanted = trained if "lr" in line else {f"eval/{name}" for name in evaluated}
+        assert wanted <= line.keys()
+        assert all(isinstance(value, (int, float)) for value in line.values())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_is_the_same_for_the_same_seed_and_another_for_another(script, workshop, tmp_path, metrics):
+    runs = [metrics(workshop.run(script, tmp_path / name, steps=2, seed=seed), "seconds")
+            for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    assert runs[0] == runs[1] != runs[2]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_learning_rate_0_leaves_the_weights_unchanged(script, workshop, tmp_path):
+    out = workshop.run(script, tmp_path / "out", init=workshop.path("sft"), lr=0.0)
+    before = load_model(workshop.path("sft"))[0].state_dict()
+    after = torch.load(out / "model.pt", weights_only=True)
+    for name, weight in before.items():
+        assert torch.equal(after[name], weight), name
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_leaves_the_folder_it_starts_from_untouched(script, workshop, tmp_path):
+    def read():
+        return {name: (workshop.folder / "sft" / name).read_bytes() for name in ("model.pt", "config.json")}
+
+    before = read()
+    workshop.run(script, tmp_path / "out", init=workshop.path("sft"), steps=1)
+    assert read() == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_micro_batches_give_the_gradient_of_the_whole_batch(script, workshop, tmp_path, monkeypatch, in_float64):
+    def gradient(micro_batch):
+        seen = []
+
+        def update(self, optimizer, grad_clip):
+            seen.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+            optimizer.zero_grad()
+            return torch.tensor(0.0)
+
+        monkeypatch.setattr(Run, "update", update)
+        workshop.run(script, tmp_path / str(micro_batch), steps=1, micro_batch=micro_batch, eval_every=100)
+        return seen[0]
+
+    whole = gradient(0)
+    assert max(g.abs().max().item() for g in whole) > 1e-3 and whole[0].dtype == torch.float64
+    for micro_batch in (3, 1):  # 3: parts of unequal size
+        for a, b in zip(whole, gradient(micro_batch), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_micro_batches_log_the_same_statistics(script, workshop, tmp_path, metrics, in_float64):
+    lines = []
+    for micro_batch in (0, 3):
+        out = workshop.run(script, tmp_path / str(micro_batch), steps=2, micro_batch=micro_batch, valid="")
+        lines.append(metrics(out, "seconds")[-1])
+    assert lines[0] == pytest.approx(lines[1], rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"micro_batch": -1}, {"lr": -1.0}, {"eval_every": 0}])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_impossible_numbers_are_refused(script, wrong, workshop, tmp_path):
+    with pytest.raises(UserError, match="--" + next(iter(wrong)).replace("_", "-")):
+        workshop.run(script, tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_held_out_data_can_be_left_out(workshop, tmp_path, metrics):
+    for script in SCRIPTS:
+        lines = metrics(workshop.run(script, tmp_path / script, valid="", steps=1))
+        assert len(lines) == 1 and not any(name.startswith("eval/") for name in lines[0])
+
+
+# -------------------------------------------------------------------------------------------------------------- SFT
+
+
+def test_sft_learns_a_toy_task_and_then_answers_right(workshop, tmp_path, metrics, tokenizer):
+    out = workshop.run("sft", tmp_path / "out", steps=60, eval_every=30)
+    held_out = [line["eval/loss"] for line in metrics(out) if "eval/loss" in line]
+    assert held_out[0] > 4 and held_out[-1] < 0.5 * held_out[0]
+    assert held_out == sorted(held_out, reverse=True)
+
+
+def test_sft_from_scratch_makes_a_model_of_the_given_size_and_pretrains_on_text(workshop, tmp_path, lines, metrics):
+    texts = lines([{"text": f"the {w} and the {w}"} for w in ("moon", "sun", "sea", "sky")] * 4)
+    out = workshop.run("sft", tmp_path / "out", init="scratch", vocab=workshop.path("vocab.tiktoken"), data=texts,
+                       valid=texts, block_size=32, n_layer=1, n_head=2, n_embd=16, steps=40, eval_every=40)
+    config = load_model(str(out))[0].config
+    assert (config.n_layer, config.n_head, config.n_embd, config.block_size) == (1, 2, 16, 32)
+    held_out = [line["eval/loss"] for line in metrics(out) if "eval/loss" in line]
+    assert held_out[0] == pytest.approx(math.log(268), abs=0.1)  # at first every token is as likely as any other
+    assert held_out[-1] < 0.6 * held_out[0]
+
+
+def test_sft_of_an_impossible_size_is_refused(workshop, tmp_path):
+    with pytest.raises(UserError, match="multiple of n_head"):
+        workshop.run("sft", tmp_path / "out", init="scratch", vocab=workshop.path("vocab.tiktoken"), n_embd=10,
+                     n_head=4)
+
+
+def test_sft_makes_as_many_steps_as_the_epochs_need(workshop, tmp_path, metrics):
+    out = workshop.run("sft", tmp_path / "out", steps=0, epochs=2, batch_size=5)  # 24 records: 5 batches an epoch
+    assert metrics(out)[-1]["step"] == 10
+
+
+def test_sft_held_out_loss_is_the_mean_over_all_target_tokens(workshop, tokenizer):
+    model = load_model(workshop.path("base"))[0]
+    examples = train_sft.load_examples(workshop.path("sft.jsonl"), tokenizer)
+    total = count = 0
+    for e in examples:
+        logp = model.logits(model(torch.tensor([e.ids])))[0].log_softmax(-1)
+        picked = [-logp[t - 1, e.ids[t]].item() for t in range(1, len(e.ids)) if e.mask[t]]
+        total, count = total + sum(picked), count + len(picked)
+    assert train_sft.evaluate(model, examples, "cpu", batch_size=5) == pytest.approx(total / count, rel=1e-5)
+    assert model.training
+
+
+# --------------------------------------------------------------------------------------------------------------- RM
+
+
+def test_rm_learns_to_rank_a_toy_task(workshop, tmp_path, metrics):
+    out = workshop.run("rm", tmp_path / "out", steps=40, eval_every=40)
+    evaluated = [line for line in metrics(out) if "eval/loss" in line]
+    assert evaluated[-1]["eval/accuracy"] == 1.0 and evaluated[-1]["eval/loss"] < 0.3 < evaluated[0]["eval/loss"]
+
+
+def test_rm_rewards_have_mean_0_and_standard_deviation_1_on_answers_of_the_initial_model(
+        workshop, tmp_path, monkeypatch, tokenizer):
+    seen, normalise = [], train_rm.normalise
+    monkeypatch.setattr(train_rm, "normalise", lambda model, samples: seen.append(samples) or normalise(model, samples))
+    out = workshop.run("rm", tmp_path / "out")
+    [samples] = seen
+    assert len(samples) == 8 and all(len(s["ids"]) <= 8 for s in samples)
+    prompts = [json.loads(line)["prompt"] for line in Path(workshop.path("pairs.jsonl")).read_text().splitlines()[:8]]
+    assert [tokenizer.decode(s["prompt_ids"]) for s in samples] == [f"<|user|>{p}<|assistant|>" for p in prompts]
+    scores = score_samples(load_model(str(out), reward=True)[0], samples)
+    assert scores.mean().item() == pytest.approx(0.0, abs=1e-4)
+    assert scores.std(correction=0).item() == pytest.approx(1.0, abs=1e-4)
+
+
+def test_rm_normalisation_keeps_the_ranking_and_rescales_all_rewards_alike(workshop, tokenizer):
+    model = load_model(workshop.path("rm"), reward=True)[0]
+    samples = [{"prompt_ids": tokenizer.encode("Say"), "ids": tokenizer.encode(w)} for w in ("cat", "dog", "map", "ox")]
+    before = score_samples(model, samples)
+    mean, std = train_rm.normalise(model, samples)
+    assert (mean, std) == pytest.approx((before.mean().item(), before.std(correction=0).item()), rel=1e-4)
+    torch.testing.assert_close(score_samples(model, samples), (before - mean) / std, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("options", [dict(normalise=1), dict(max_new_tokens=48)], ids=["one answer", "no room"])
+def test_rm_never_writes_weights_that_are_not_finite(options, workshop, tmp_path):
+    try:
+        workshop.run("rm", tmp_path / "out", steps=1, **options)
+    except UserError:
+        pass
+    if (tmp_path / "out" / "model.pt").exists():
+        assert all(w.isfinite().all() for w in torch.load(tmp_path / "out" / "model.pt", weights_only=True).values())
+
+
+def test_rm_evaluation_is_over_all_pairs_whatever_the_batch(workshop, tokenizer):
+    model = load_model(workshop.path("rm"), reward=True)[0]
+    pairs = load_pairs(workshop.path("pairs.jsonl"), tokenizer)
+    scores = [[model.score(torch.tensor([side.ids]), torch.tensor([len(side.ids)])).item() for side in pair]
+              for pair in pairs]
+    result = train_rm.evaluate(model, pairs, "cpu", batch_size=5)
+    assert result["accuracy"].item() == pytest.approx(sum(c > r for c, r in scores) / len(pairs))
+    assert result["margin"].item() == pytest.approx(sum(c - r for c, r in scores) / len(pairs), abs=1e-5)
+    expected = sum(-math.log(sigmoid(c - r)) for c, r in scores) / len(pairs)
+    assert result["loss"].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("script", ["rm", "dpo"])
+def test_pairs_of_two_equal_answers_are_dropped(script, workshop, tmp_path, lines, capsys):
+    good, tie = {"prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "a", "chosen": "b", "rejected": "b"}
+    workshop.run(script, tmp_path / "out", steps=1, data=lines([good, tie, good, tie, tie]))
+    assert "2 pairs, dropped 3 with two equal sides" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no pairs; 2 are with two equal sides"):
+        workshop.run(script, tmp_path / "none", data=lines([tie, tie]))
+
+
+# -------------------------------------------------------------------------------------------------------------- DPO
+
+
+def test_dpo_learns_a_toy_preference(workshop, tmp_path, metrics):
+    out = workshop.run("dpo", tmp_path / "out", steps=30, eval_every=30)
+    first, last = (line for line in metrics(out) if "eval/loss" in line)
+    assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-5) and first["eval/rewards/margins"] == 0
+    assert last["eval/rewards/accuracies"] == 1.0 and last["eval/rewards/margins"] > 0.5
+    assert last["eval/loss"] < first["eval/loss"] - 0.2
+
+
+@torch.no_grad()
+def sequence_logprob(model, example):
+    """log pi(y|x) of one example, from a forward pass of its own."""
+    logp = model.logits(model(torch.tensor([example.ids])))[0].log_softmax(-1)
+    return sum(logp[t - 1, example.ids[t]].item() for t in range(1, len(example.ids)) if example.mask[t])
+
+
+def test_dpo_pair_logprobs_are_sums_over_the_answer_with_its_end_token(workshop, tokenizer):
+    model = load_model(workshop.path("sft"))[0]
+    pairs = load_pairs(workshop.path("pairs_valid.jsonl"), tokenizer)
+    both = train_dpo.reference_logprobs(model, pairs, "cpu", batch_size=2)
+    for (chosen, rejected), (good, bad) in zip(pairs, both.tolist()):
+        assert good == pytest.approx(sequence_logprob(model, chosen), abs=1e-3)
+        assert bad == pytest.approx(sequence_logprob(model, rejected), abs=1e-3)
+
+
+def test_dpo_measures_against_the_model_it_started_from_to_the_end(workshop, tmp_path, metrics, tokenizer):
+    out = workshop.run("dpo", tmp_path / "out", steps=10, eval_every=10, beta=0.2)
+    before, after = load_model(workshop.path("sft"))[0], load_model(str(out))[0]
+    pairs = load_pairs(workshop.path("pairs_valid.jsonl"), tokenizer)
+    expected = []
+    for answers in zip(*pairs):  # all the chosen ones, then all the rejected ones
+        moved = [sequence_logprob(after, answer) - sequence_logprob(before, answer) for answer in answers]
+        expected.append(0.2 * sum(moved) / len(moved))
+    last = metrics(out)[-1]
+    assert [last["eval/rewards/chosen"], last["eval/rewards/rejected"]] == pytest.approx(expected, abs=1e-3)
+    assert abs(expected[0]) > 0.01
+
+
+# -------------------------------------------------------------------------------------------------------------- PPO
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Everything that rollout() and update() take and return while PPO runs: watched.rollouts, watched.histories."""
+
+    class Watched:
+        rollouts, histories = [], []
+
+    Watched.rollouts, Watched.histories = [], []
+    rollout, update = train_ppo.rollout, train_ppo.update
+
+    def watch_rollout(policy, critic, reference, *rest, **options):
+        batch = rollout(policy, critic, reference, *rest, **options)
+        values = None if critic is None else critic.scalar(critic(batch["ids"]))[:, :-1].detach()
+        Watched.rollouts.append({"policy": policy, "reference": reference, "critic_values": values,
+                                 **{name: x.clone() for name, x in batch.items()}})
+        return batch
+
+    def watch_update(*arguments, **options):
+        history = update(*arguments, **options)
+        Watched.histories.append(history)
+        return history
+
+    monkeypatch.setattr(train_ppo, "rollout", watch_rollout)
+    monkeypatch.setattr(train_ppo, "update", watch_update)
+    return Watched
+
+
+VOWELS = "reward.py:vowels"
+
+
+def test_ppo_raises_a_reward_that_is_a_python_function(workshop, tmp_path, metrics):
+    out = workshop.run("ppo", tmp_path / "out", reward=workshop.path(VOWELS), steps=15, batch_size=24, beta=0.0,
+                       lr=2e-2, epochs=4, eval_every=100, missing_end_score=0.0)
+    scores = [line["objective/scores"] for line in metrics(out) if "objective/scores" in line]
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.2
+    assert all(0 <= score <= 1 for score in scores)
+
+
+def test_ppo_with_a_large_beta_stays_nearer_to_the_reference(workshop, tmp_path, metrics):
+    kl = {}
+    for beta in (0.0, 5.0):
+        out = workshop.run("ppo", tmp_path / str(beta), reward=workshop.path(VOWELS), steps=12, batch_size=24,
+                           beta=beta, epochs=4, eval_every=100)
+        kl[beta] = metrics(out)[-2]["objective/kl"]
+    assert kl[5.0] < kl[0.0] / 2
+
+
+@pytest.mark.parametrize("init", ["sft", "dropout"])
+def test_ppo_has_ratio_1_no_kl_and_nothing_clipped_on_the_first_minibatch(init, workshop, tmp_path, watched):
+    workshop.run("ppo", tmp_path / "out", init=workshop.path(init), steps=2)
+    for history in watched.histories:
+        first = history[0]
+        assert float(first["val/ratio"]) == pytest.approx(1.0, abs=1e-5)
+        assert float(first["policy/approxkl"]) < 1e-9
+        assert float(first["policy/clipfrac"]) == float(first["val/clipfrac"]) == 0.0
+    assert any(float(later["policy/approxkl"]) > 1e-6 for later in watched.histories[0][1:])
+
+
+def test_ppo_starts_with_ratio_1_and_kl_0_at_other_temperatures_too(workshop, tmp_path, watched):
+    workshop.run("ppo", tmp_path / "out", steps=1, temperature=0.7)
+    assert float(watched.histories[0][0]["policy/approxkl"]) < 1e-9
+    assert (watched.rollouts[0]["kl"].abs() < 1e-4).all()
+
+
+def test_ppo_never_touches_the_reference_while_the_policy_moves(workshop, tmp_path, watched):
+    workshop.run("ppo", tmp_path / "out")
+    before = load_model(workshop.path("sft"))[0].state_dict()
+    last = watched.rollouts[-1]
+    for name, weight in before.items():
+        assert torch.equal(last["reference"].state_dict()[name], weight), name
+    assert not any(p.requires_grad for p in last["reference"].parameters())
+    assert not torch.equal(last["policy"].wte.weight, before["wte.weight"])
+    assert (watched.rollouts[0]["kl"].abs() < 1e-4).all() and last["kl"].mean() > 1e-3
+
+
+def test_ppo_first_values_are_0_and_the_trunk_is_the_sft_models(workshop, tmp_path, watched):
+    workshop.run("ppo", tmp_path / "out", steps=1, lr=0.0)
+    assert (watched.rollouts[0]["values"] == 0).all()
+
+
+def test_ppo_advantages_come_from_the_score_the_kl_and_the_values(workshop, tmp_path, watched):
+    workshop.run("ppo", tmp_path / "out", beta=0.3, lam=0.9)
+    batch = watched.rollouts[-2]  # of the last iteration; the last one is the held-out evaluation's
+    mask, ids = batch["mask"], batch["ids"]
+    index = mask.flatten().nonzero()[:, 0]
+    with torch.no_grad():
+        ref = batch["reference"].logprobs(batch["reference"](ids), ids, index)
+    torch.testing.assert_close(batch["kl"], (batch["logprobs"] - ref).sum(1), rtol=1e-3, atol=1e-4)
+    rewards = -0.3 * (batch["logprobs"] - ref)
+    for row in range(len(ids)):
+        rewards[row, mask[row].nonzero()[-1, 0]] += batch["scores"][row]
+    advantages = gae_by_double_sum(rewards, batch["values"], mask, 1.0, 0.9)
+    torch.testing.assert_close(batch["returns"], (advantages + batch["values"]) * mask, rtol=1e-3, atol=1e-3)
+    expected = (advantages - advantages[mask].mean()) / advantages[mask].std(correction=0) * mask
+    torch.testing.assert_close(batch["advantages"], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_ppo_gives_answers_that_do_not_end_the_missing_end_score(workshop, tmp_path, watched):
+    workshop.run("ppo", tmp_path / "out", steps=3, batch_size=24, missing_end_score=-7.5)
+    for batch in watched.rollouts:
+        assert (batch["scores"][~batch["ended"]] == -7.5).all() and (batch["scores"][batch["ended"]] != -7.5).all()
+    assert any(batch["ended"].any() and not batch["ended"].all() for batch in watched.rollouts)
+
+
+def test_ppo_scores_are_the_reward_models_for_prompt_and_answer(workshop, tmp_path, watched):
+    workshop.run("ppo", tmp_path / "out", steps=1, eval_every=100)
+    reward, batch = load_model(workshop.path("rm"), reward=True)[0], watched.rollouts[0]
+    for row in batch["ended"].nonzero()[:, 0].tolist():
+        ids = batch["ids"][row, : batch["lengths"][row]]
+        alone = reward.score(ids[None], torch.tensor([len(ids)]))
+        assert batch["scores"][row].item() == pytest.approx(alone.item(), abs=1e-4)
+
+
+def test_ppo_hands_a_python_reward_the_prompts_as_they_stand_and_the_answers_as_text(
+        workshop, tmp_path, monkeypatch, watched, tokenizer):
+    calls = []
+
+    def reward(prompts, completions):
+        calls.append((prompts, completions))
+        return [0.5] * len(completions)
+
+    monkeypatch.setattr(train_ppo, "load_function", lambda spec: reward)
+    workshop.run("ppo", tmp_path / "out", reward="anything.py:reward", steps=1, eval_every=100)
+    prompts, completions = calls[1]  # after the evaluation before the first step
+    batch = watched.rollouts[1]
+    assert len(prompts) == len(completions) == len(batch["ids"]) == 8 and len(set(prompts)) > 1
+    for row, (prompt, completion) in enumerate(zip(prompts, completions)):
+        whole = tokenizer.decode(batch["ids"][row, : batch["lengths"][row]])
+        assert whole == f"<|user|>{prompt}<|assistant|>{completion}" + "<|end|>" * int(batch["ended"][row])
+
+
+def test_ppo_with_a_separate_critic_takes_its_values_and_trains_both(workshop, tmp_path, watched, metrics):
+    out = workshop.run("ppo", tmp_path / "out", critic=workshop.path("rm"))
+    for batch in watched.rollouts:
+        torch.testing.assert_close(batch["values"], batch["critic_values"] * batch["mask"])
+    assert not torch.equal(watched.rollouts[0]["critic_values"][0, :3], watched.rollouts[-1]["critic_values"][0, :3])
+    model = load_model(str(out))[0]  # a language model without a head
+    assert not torch.equal(model.wte.weight, load_model(workshop.path("sft"))[0].wte.weight)
+    assert all("loss/value" in line for line in metrics(out) if "lr" in line)
+
+
+def test_ppo_adapts_beta_to_hold_the_kl(workshop, tmp_path, metrics):
+    out = workshop.run("ppo", tmp_path / "out", beta=0.1, kl_target=1e9, kl_horizon=16)
+    betas = [line["beta"] for line in metrics(out) if "beta" in line]
+    assert betas == pytest.approx([0.1 * 0.9**i for i in range(4)], rel=1e-4)  # a fifth of 8 / 16 less each time
+    fixed = workshop.run("ppo", tmp_path / "fixed", beta=0.1)
+    assert {line["beta"] for line in metrics(fixed) if "beta" in line} == {0.1}
+
+
+def test_ppo_evaluation_does_not_change_what_comes_next(workshop, tmp_path, metrics):
+    often = workshop.run("ppo", tmp_path / "often", eval_every=1)
+    never = workshop.run("ppo", tmp_path / "never", valid="")
+    trained = [[line for line in metrics(out, "seconds") if "lr" in line] for out in (often, never)]
+    assert trained[0] == trained[1]
+
+
+@pytest.mark.parametrize("script", ["sft", "rm", "dpo"])
+def test_evaluation_does_not_change_what_comes_next(script, workshop, tmp_path, metrics):
+    options = {"init": workshop.path("dropout"), "steps": 3}  # with dropout, every use of random numbers would show
+    often = workshop.run(script, tmp_path / "often", eval_every=1, **options)
+    never = workshop.run(script, tmp_path / "never", valid="", **options)
+    trained = [[line for line in metrics(out, "seconds") if "lr" in line] for out in (often, never)]
+    assert trained[0] == trained[1]
+
+
+def test_ppo_minibatch_loss_is_the_policy_loss_plus_the_weighted_value_loss(workshop, tmp_path, watched):
+    policy = load_model(workshop.path("sft"))[0].add_head(std=0.1).eval()
+    config = workshop.config("ppo", tmp_path, value_coef=0.3)
+    workshop.run("ppo", tmp_path / "out", steps=1, eval_every=100)
+    batch = {k: v for k, v in watched.rollouts[0].items() if isinstance(v, torch.Tensor)}
+    rows, count = torch.arange(len(batch["ids"])), batch["mask"].sum()
+    with torch.no_grad():
+        policy.wte.weight += 0.05 * torch.randn_like(policy.wte.weight)
+        loss, _ = train_ppo.minibatch_loss(policy, None, batch, rows, count, config)
+        hidden, index = policy(batch["ids"]), batch["mask"].flatten().nonzero()[:, 0]
+        logprobs, values = policy.logprobs(hidden, batch["ids"], index), policy.scalar(hidden)[:, :-1]
+        expected = (policy_loss(logprobs, batch["logprobs"], batch["advantages"], batch["mask"])
+                    + 0.3 * value_loss(values, batch["values"], batch["returns"], batch["mask"]))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_ppo_updates_use_every_answer_once_an_epoch(workshop, tmp_path, monkeypatch):
+    seen, minibatch_loss = [], train_ppo.minibatch_loss
+
+    def watch(policy, critic, batch, rows, *rest):
+        seen.append(rows.tolist())
+        return minibatch_loss(policy, critic, batch, rows, *rest)
+
+    monkeypatch.setattr(train_ppo, "minibatch_loss", watch)
+    workshop.run("ppo", tmp_path / "out", steps=1, epochs=3, minibatches=2, micro_batch=3, eval_every=100)
+    rows = sum(seen, [])
+    epochs = [rows[i : i + 8] for i in range(0, len(rows), 8)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 3
+    assert [len(part) for part in seen] == [3, 1] * 6
+    assert set(epochs[0][:4]) != set(epochs[1][:4]) or set(epochs[1][:4]) != set(epochs[2][:4])
+
+
+# ------------------------------------------------------------------------------------------------- the command line
+
+
+def mistakes(workshop, lines):
+    """{what is wrong: (script, arguments, what the message says)}"""
+    def seventeen(good, bad):
+        return lines([good] * 16 + [bad, good], "seventeen.jsonl")
+
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    sft, rm = workshop.path("sft"), workshop.path("rm")
+    return {
+        "missing file": ("sft", ["--init", sft, "--data", "nowhere.jsonl"], "no file nowhere.jsonl"),
+        "unknown option": ("dpo", ["--learning-rate", "1"], "--learning-rate"),
+        "bad number": ("ppo", ["--steps", "many"], "--steps"),
+        "prompt too long": ("ppo", ["--init", sft, "--reward", rm, "--max-new-tokens", "8", "--prompts",
+                                    lines([{"prompt": "x" * 60}], "long.jsonl")], "1 are longer than 40 tokens"),
+        "no room for prompts": ("ppo", ["--init", sft, "--reward", rm, "--max-new-tokens", "48", "--prompts",
+                                        workshop.path("prompts.jsonl")], "longer than 0 tokens"),
+        "number as prompt": ("ppo", ["--init", sft, "--reward", rm, "--max-new-tokens", "8", "--prompts",
+                                     lines([{"prompt": 3}], "number.jsonl")], "number.jsonl:1: prompt must be"),
+        "invalid JSON": ("rm", ["--init", sft, "--data", seventeen(pair, "{oops")], "seventeen.jsonl:17: invalid JSON"),
+        "empty completion": ("sft", ["--init", sft, "--data",
+                                     lines([{"prompt": "a", "completion": ""}], "empty.jsonl")],
+                             "empty.jsonl:1: completion is empty"),
+        "reward of another vocabulary": ("ppo", ["--init", sft, "--reward", workshop.path("other_vocab_rm")],
+                                         "different vocabularies"),
+        "critic of another vocabulary": ("ppo", ["--init", sft, "--critic", workshop.path("other_vocab_rm")],
+                                         "different vocabularies"),
+        "reward model as start": ("dpo", ["--init", rm], "holds a reward model"),
+        "language model as reward": ("ppo", ["--init", sft, "--reward", sft], "holds a language model"),
+        "no such reward function": ("ppo", ["--init", sft, "--reward", workshop.path("reward.py:nothing")],
+                                    "has no function nothing"),
+    }
+
+
+KINDS = ["missing file", "unknown option", "bad number", "prompt too long", "no room for prompts", "number as prompt",
+         "invalid JSON", "empty completion", "reward of another vocabulary", "critic of another vocabulary",
+         "reward model as start", "language model as reward", "no such reward function"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_users_mistake_is_one_line_on_stderr_exit_code_2_and_nothing_written(
+        kind, workshop, tmp_path, lines, command):
+    script, arguments, message = mistakes(workshop, lines)[kind]
+    out = tmp_path / "out"
+    code, _, err = command(f"train_{script}.py", *arguments, "--device", "cpu", "--out", out)
+    assert code == 2
+    assert message in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["invalid JSON", "unknown option"])
+def test_so_it_is_for_a_process_of_its_own(kind, workshop, tmp_path, lines):
+    script, arguments, message = mistakes(workshop, lines)[kind]
+    process = subprocess.run([sys.executable, f"train_{script}.py", *arguments, "--out", tmp_path / "out"], cwd=ROOT,
+                             capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == 2
+    assert message in process.stderr and process.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_command_line_runs_a_script_and_writes_to_stdout_only(script, workshop, tmp_path, command):
+    config = vars(workshop.config(script, tmp_path / "out", steps=2))
+    arguments = []
+    for name, value in config.items():
+        arguments += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    code, out, err = command(f"train_{script}.py", *arguments)
+    assert code == 0 and err == "" and f"wrote {tmp_path / 'out'}" in out
+    load_model(str(tmp_path / "out"), reward=script == "rm")
