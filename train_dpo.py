@@ -17,9 +17,10 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 
-from nanopost.config import UserError, cli
+from nanopost.checkpoint import load_model
+from nanopost.config import cli
 from nanopost.data import batches, collate, load_pairs, split
-from nanopost.run import Options, Run, adamw, load_model, schedule
+from nanopost.run import Options, Run, adamw, schedule
 from nanopost.sampling import show_answers
 
 
@@ -39,7 +40,8 @@ class Config(Options):
     warmup: float = 0.1  # share of the steps with rising learning rate; then linear decay to 0
     grad_clip: float = 1.0  # largest norm of the gradient; 0: none
     max_new_tokens: int = 80  # longest answer of the samples shown
-    eval_every: int = 50  # steps between two held-out evaluations
+    eval_every: int = 100  # steps between two held-out evaluations
+    eval_pairs: int = 500  # held-out pairs to use then
 
 
 def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0):
@@ -98,6 +100,7 @@ def main(config: Config):
     policy, tokenizer = load_model(config.init, run.device)
     pairs = load_pairs(config.data, tokenizer, policy.config.block_size)
     valid = load_pairs(config.valid, tokenizer, policy.config.block_size) if config.valid else []
+    valid = valid[: config.eval_pairs]
     prompts = [chosen.ids[: chosen.mask.index(True)] for chosen, _ in valid[:2]]
     valid.sort(key=lambda pair: max(len(side.ids) for side in pair))
     lengths = [max(len(chosen.ids), len(rejected.ids)) for chosen, rejected in pairs]

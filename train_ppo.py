@@ -2,32 +2,33 @@
 
     max over pi:  E[ r(x, y) - beta log( pi(y|x) / pi_ref(y|x) ) ]          optimum  pi* = pi_ref exp(r / beta) / Z
 
-(InstructGPT, arXiv 2203.02155, equation 2.) An answer is an episode and a token an action. With k_t = log pi_old(y_t|s_t)
-- log pi_ref(y_t|s_t), each iteration samples answers and computes
+(InstructGPT, arXiv 2203.02155, equation 2.) An answer is an episode, a token an action. Each iteration samples answers
+and computes, with k_t = log pi_old(y_t|s_t) - log pi_ref(y_t|s_t),
 
     R_t = -beta k_t, plus the score r(x, y) on the last token                               rewards
     A_t = sum_l (gamma lambda)^l delta_{t+l},   delta_t = R_t + gamma V(s_{t+1}) - V(s_t)   GAE, arXiv 1506.02438, eq. 16
     G_t = A_t + V(s_t)                                                                      target of the value function
 
-then, for a few epochs over these answers, with rho_t = pi_theta(y_t|s_t) / pi_old(y_t|s_t) and A whitened, minimises
+then, for a few epochs over them, with rho_t = pi_theta(y_t|s_t) / pi_old(y_t|s_t) and A whitened, minimises
 
     L = mean_t max(-A rho, -A clip(rho, 1-eps, 1+eps))  +  c_v/2 mean_t max((V-G)^2, (clip(V, V_old +- eps_v) - G)^2)
 
-(PPO, arXiv 1707.06347, equation 7.) The policy and the value function share a trunk, unless --critic gives a separate one.
+(PPO, arXiv 1707.06347, equation 7.) Policy and value function share a trunk, unless --critic gives a separate network.
 
     python train_ppo.py --init out/sft --reward out/rm --prompts data/notes/prompts_train.jsonl --out out/ppo
 """
 
 import copy
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 
+from nanopost.checkpoint import freeze, load_model, same_vocabulary
 from nanopost.config import UserError, cli
 from nanopost.data import batches, load_prompts, split
-from nanopost.run import (Options, Run, adamw, call_reward, freeze, load_function, load_model, same_vocabulary,
-                          schedule)
+from nanopost.reward import load_reward
+from nanopost.run import Options, Run, adamw, schedule
 from nanopost.sampling import generate, show_answers
 
 
@@ -41,12 +42,12 @@ class Config(Options):
     out: str = "out/ppo"  # folder to write; an earlier run there is replaced
     steps: int = 40  # iterations: a batch of answers and the updates on it
     batch_size: int = 128  # answers an iteration
-    epochs: int = 4  # passes over the answers of an iteration
+    epochs: int = 2  # passes over the answers of an iteration
     minibatches: int = 2  # optimizer steps a pass
     micro_batch: int = 32  # answers a forward pass; 0: the whole minibatch at once
     max_new_tokens: int = 80  # longest answer
     temperature: float = 1.0  # of sampling, and so of every log-probability
-    beta: float = 0.05  # weight of the KL penalty; 0: none, watch the reward being hacked
+    beta: float = 0.1  # weight of the KL penalty; 0: none, watch the reward being hacked
     kl_target: float = 0.0  # adapt beta to hold this KL, in nats per answer; 0: beta stays
     kl_horizon: int = 10000  # answers in which beta may change by a factor of about 1.2
     gamma: float = 1.0  # discount
@@ -55,15 +56,14 @@ class Config(Options):
     value_clip: float = 0.2  # of the change of a value
     value_coef: float = 0.1  # weight of the value loss
     missing_end_score: float = -1.0  # the score of an answer that does not end; the reward model never sees one that does not
-    lr: float = 3e-4  # learning rate at the start, falling linearly to 0; 1e-5 suits GPT-2 124M
+    lr: float = 5e-4  # learning rate at the start, falling linearly to 0; 1e-5 suits GPT-2 124M
     warmup: int = 5  # iterations with rising learning rate
     grad_clip: float = 1.0  # largest norm of the gradient; 0: none
     eval_every: int = 20  # iterations between two held-out evaluations
     eval_prompts: int = 128  # held-out prompts to answer then
 
 
-# ---------------------------------------------------------------------------------------- rewards and advantages
-# Every tensor (B, T) is target-aligned, with response tokens where the mask is True.
+# Below, every tensor (B, T) is target-aligned, and its response tokens are where the mask is True.
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
@@ -91,19 +91,12 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return advantages, advantages + values
 
 
-def masked_mean(x, mask):
-    return x.masked_fill(~mask, 0.0).sum() / mask.sum()
-
-
 def whiten(x, mask, shift_mean=True):
     """(B, T) -> mean 0 and variance 1 over the mask (shift_mean=False keeps the mean), zero outside it."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
+    mean = x.masked_fill(~mask, 0.0).sum() / mask.sum()
+    variance = ((x - mean) ** 2).masked_fill(~mask, 0.0).sum() / mask.sum()
     white = (x - mean) / (variance + 1e-8).sqrt() + (0.0 if shift_mean else mean)
     return white.masked_fill(~mask, 0.0)
-
-
-# -------------------------------------------------------------------------------------------------------- losses
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, count=None):
@@ -120,23 +113,12 @@ def value_loss(values, old_values, returns, mask, clip=0.2, count=None):
     return losses.masked_fill(~mask, 0.0).sum() / (mask.sum() if count is None else count)
 
 
-# ------------------------------------------------------------------------------------------------------ the method
-
-
-def logprobs_and_values(policy, critic, ids, index, temperature):
-    """ids (B, T), index: flat positions of the response -> log-probabilities, values (B, T-1); critic None: shared."""
-    hidden = policy(ids)  # (B, T, C)
-    values = policy.scalar(hidden) if critic is None else critic.scalar(critic(ids))  # (B, T)
-    return policy.logprobs(hidden, ids, index, temperature), values[:, :-1]
-
-
 @torch.no_grad()
-def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, config, beta,
-            generator=None):
-    """Samples an answer to each prompt and computes all that the updates need, as a dict of tensors (B, T-1) and (B,).
+def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, config, beta, generator=None):
+    """Samples an answer to each prompt and computes all that the updates need: a dict of tensors (B, T-1) and (B,).
 
-    score(prompts, samples) -> (B,) is the reward. The log-probabilities and values of the sampling pass are kept: the
-    first minibatch has ratio 1.
+    score(prompts, samples) -> (B,). Log-probabilities and values (critic None: of the shared trunk) are those of the
+    sampling pass, which the first minibatch must find again: its ratio is 1.
     """
     samples = generate(policy, prompt_ids, config.max_new_tokens, tokenizer.end, temperature=config.temperature,
                        generator=generator, pad=tokenizer.pad)
@@ -144,8 +126,7 @@ def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, co
     index = mask.flatten().nonzero()[:, 0]
     ref = reference.logprobs(reference(ids), ids, index, config.temperature)
     values = samples.values if critic is None else critic.scalar(critic(ids))[:, :-1].masked_fill(~mask, 0.0)
-    scores = score(prompts, samples).to(old)  # (B,)
-    scores = torch.where(samples.ended, scores, config.missing_end_score)
+    scores = torch.where(samples.ended, score(prompts, samples).to(old), config.missing_end_score)  # (B,)
     rewards = token_rewards(scores, old, ref, mask, beta)
     advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
     return {"ids": ids, "mask": mask, "lengths": samples.lengths, "logprobs": old, "values": values, "returns": returns,
@@ -159,64 +140,58 @@ def minibatch_loss(policy, critic, batch, rows, count, config):
     part = {name: batch[name][rows][:, : T - 1] for name in ("mask", "logprobs", "values", "returns", "advantages")}
     mask, ids = part["mask"], batch["ids"][rows][:, :T]
     index = mask.flatten().nonzero()[:, 0]
-    logprobs, values = logprobs_and_values(policy, critic, ids, index, config.temperature)
+    hidden = policy(ids)  # (B, T, C)
+    logprobs = policy.logprobs(hidden, ids, index, config.temperature)  # (B, T-1)
+    values = (policy.scalar(hidden) if critic is None else critic.scalar(critic(ids)))[:, :-1]  # (B, T-1)
     pg = policy_loss(logprobs, part["logprobs"], part["advantages"], mask, config.clip, count)
     vf = value_loss(values, part["values"], part["returns"], mask, config.value_clip, count)
     with torch.no_grad():  # health: all exactly 0, and the ratio 1, on the first minibatch
         log_ratio = (logprobs - part["logprobs"])[mask]  # (N,)
         ratio, advantages = log_ratio.exp(), part["advantages"][mask]
         binds = -advantages * ratio < -advantages * ratio.clamp(1 - config.clip, 1 + config.clip)
-        moved = ((values - part["values"])[mask].abs() > config.value_clip)
+        moved = (values - part["values"])[mask].abs() > config.value_clip
         sums = {"policy/approxkl": 0.5 * log_ratio**2, "policy/approxkl_k3": ratio - 1 - log_ratio,
-                "policy/clipfrac": binds, "val/clipfrac": moved, "val/ratio": ratio, "val/ratio_sq": ratio**2}
+                "policy/clipfrac": binds, "val/clipfrac": moved, "val/ratio": ratio, "val/ratio_var": (ratio - 1) ** 2}
         stats = {name: x.float().sum() / count for name, x in sums.items()}
     return pg + config.value_coef * vf, {"loss/policy": pg.detach(), "loss/value": vf.detach(), **stats}
 
 
 def update(run, policy, critic, optimizer, batch, config):
-    """epochs x minibatches optimizer steps on one rollout; returns the statistics of every step."""
+    """Exactly epochs x minibatches optimizer steps on one rollout; returns the statistics of every step."""
     history = []
     for _ in range(config.epochs):
-        shuffled = torch.randperm(len(batch["ids"]))
-        for rows in shuffled.chunk(config.minibatches):
+        for rows in torch.randperm(len(batch["ids"])).tensor_split(config.minibatches):
             rows = rows[batch["lengths"][rows].cpu().argsort()]  # like lengths together: less padding in a micro-batch
             count = batch["mask"][rows].sum()  # one denominator: the response tokens of the whole minibatch
-            stats = []
+            parts = []
             for part in split(rows, config.micro_batch):
                 with run.autocast():
-                    loss, stat = minibatch_loss(policy, critic, batch, part, count, config)
+                    loss, stats = minibatch_loss(policy, critic, batch, part, count, config)
                 run.backward(loss)
-                stats.append(stat)
+                parts.append(stats)
             grad_norm = run.update(optimizer, config.grad_clip)
-            history.append({name: sum(stat[name] for stat in stats) for name in stats[0]} | {"grad_norm": grad_norm})
+            history.append({name: sum(part[name] for part in parts) for name in stats} | {"grad_norm": grad_norm})
     return history
 
 
 def statistics(batch, history, beta):
-    """What to watch (ALL per-token means are over response tokens; kl and entropy are nats per answer)."""
-    mask = batch["mask"]
+    """What to watch: per-token means are over response tokens only, KL and entropy are in nats per answer."""
+    mask, kl, scores = batch["mask"], batch["kl"].mean(), batch["scores"].mean()
     returns, errors = batch["returns"][mask], (batch["returns"] - batch["values"])[mask]
-    kl, scores = batch["kl"].mean(), batch["scores"].mean()
-    last = {name: sum(h[name] for h in history) / len(history) for name in history[0]}  # mean over the updates
-    ratio_sq = last.pop("val/ratio_sq")
+    means = {name: sum(h[name] for h in history) / len(history) for name in history[0]}  # over the updates
     return {
+        **means, "val/first_approxkl": history[0]["policy/approxkl"], "val/first_ratio": history[0]["val/ratio"],
         "objective/scores": scores, "objective/kl": kl, "objective/entropy": batch["entropy"].mean(),
         "objective/non_score_reward": -beta * kl, "objective/rlhf_reward": scores - beta * kl,
-        **last, "val/ratio_var": ratio_sq - last["val/ratio"] ** 2,
-        "val/first_approxkl": history[0]["policy/approxkl"], "val/first_ratio": history[0]["val/ratio"],
-        "val/explained_variance": 1 - errors.var(correction=0) / returns.var(correction=0),
-        "returns/mean": returns.mean(), "returns/var": returns.var(correction=0),
-        "advantages/mean": batch["raw_advantages"][mask].mean(), "beta": beta,
+        "val/explained_variance": 1 - errors.var(correction=0) / returns.var(correction=0), "returns/mean": returns.mean(),
+        "returns/var": returns.var(correction=0), "advantages/mean": batch["raw_advantages"][mask].mean(), "beta": beta,
         "response/length": mask.sum(1).float().mean(), "response/ended": batch["ended"].float().mean(),
-        "response/distinct": len({tuple(row) for row in batch["ids"].tolist()}) / len(mask),
-    }
+        "response/distinct": len({tuple(row) for row in batch["ids"].tolist()}) / len(mask)}
 
 
 def adapt(beta, kl, target, answers, horizon):
-    """Ziegler et al.'s controller (arXiv 1909.08593): beta grows while the KL is above the target, by at most 20% per
-    `horizon` answers."""
-    error = min(max(kl / target - 1, -0.2), 0.2)
-    return beta * (1 + error * answers / horizon)
+    """Ziegler et al.'s controller (arXiv 1909.08593): at most 20% up or down per `horizon` answers."""
+    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * answers / horizon)
 
 
 def main(config: Config):
@@ -233,52 +208,39 @@ def main(config: Config):
         critic.eval()
     else:
         policy.add_head(std=0.0)  # the first values are 0, and do not disturb the trunk
-    if ".py:" in config.reward:
-        function = load_function(config.reward)
-
-        def score(prompts, samples):
-            texts = [tokenizer.decode(ids) for ids in samples.responses()]
-            return torch.tensor(call_reward(function, prompts, texts), device=run.device)
-    else:
-        reward_model, other = load_model(config.reward, run.device, reward=True)
-        same_vocabulary(tokenizer, other, config.init, config.reward)
-        freeze(reward_model)
-
-        def score(prompts, samples):
-            return reward_model.score(samples.ids, samples.lengths)
+    score = load_reward(config.reward, tokenizer, config.init, run.device)
 
     # prompts
     room = policy.config.block_size - config.max_new_tokens
     prompts, prompt_ids = load_prompts(config.prompts, tokenizer, room)
     valid, valid_ids = load_prompts(config.valid, tokenizer, room) if config.valid else ([], [])
-    order = batches([len(ids) for ids in prompt_ids], config.batch_size, config.seed, window=1)
+    valid, valid_ids = valid[: config.eval_prompts], valid_ids[: config.eval_prompts]
+    stream = chain.from_iterable(batches([len(ids) for ids in prompt_ids], config.batch_size, config.seed, window=1))
+    if not 1 <= config.minibatches <= config.batch_size:
+        raise UserError(f"--minibatches must be between 1 and the batch size of {config.batch_size}")
 
-    # optimizer
     modules = {"model": policy} if critic is None else {"model": policy, "critic": critic}
     optimizer = adamw([p for module in modules.values() for p in module.parameters()], config.lr, eps=1e-5)
 
     def report(step):
-        rows = range(min(len(valid), config.eval_prompts))
-        if not rows:
+        if not valid:
             return
         generator = torch.Generator(run.device).manual_seed(config.seed)  # looking must not change what comes next
-        batch = rollout(policy, critic, reference, score, [valid[i] for i in rows], [valid_ids[i] for i in rows],
-                        tokenizer, config, run.extra["beta"], generator)
-        means = {name: batch[name].float().mean() for name in ("scores", "kl", "entropy", "ended")}
-        run.log(step, {f"eval/{name}": value for name, value in means.items()})
-        run.print(f"step {step}: held-out score {means['scores']:+.2f}, KL {means['kl']:.2f} nats, "
-                  f"entropy {means['entropy']:.1f} nats, {means['ended']:.1%} ended")
+        batch = rollout(policy, critic, reference, score, valid, valid_ids, tokenizer, config, run.extra["beta"], generator)
+        mean_score, kl, entropy, ended = (batch[name].float().mean() for name in ("scores", "kl", "entropy", "ended"))
+        run.log(step, {"eval/scores": mean_score, "eval/kl": kl, "eval/entropy": entropy, "eval/ended": ended})
+        run.print(f"step {step}: held-out score {mean_score:+.2f}, KL {kl:.2f}, entropy {entropy:.1f} nats, {ended:.1%} ended")
         run.print(show_answers(policy, tokenizer, valid_ids[:3], config.max_new_tokens))
 
     # loop
     if not run.begin(modules, optimizer, tokenizer, config.steps):
         return
     run.extra.setdefault("beta", config.beta)
-    order = islice(order, run.start, None)
+    stream = islice(stream, run.start * config.batch_size, None)
     if run.start == 0:
         report(0)
     for step in run.steps():
-        beta, rows = run.extra["beta"], next(order)
+        beta, rows = run.extra["beta"], list(islice(stream, config.batch_size))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * schedule(step, config.steps, config.warmup)
         with run.autocast():

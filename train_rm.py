@@ -19,10 +19,12 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 
+from nanopost.checkpoint import load_model
 from nanopost.config import UserError, cli
 from nanopost.data import batches, collate, load_pairs, split
-from nanopost.run import Options, Run, adamw, load_model, schedule
-from nanopost.sampling import sample_text, score_samples
+from nanopost.reward import score_samples
+from nanopost.run import Options, Run, adamw, schedule
+from nanopost.sampling import sample_text
 
 
 @dataclass
@@ -41,7 +43,8 @@ class Config(Options):
     grad_clip: float = 1.0  # largest norm of the gradient; 0: none
     normalise: int = 512  # answers of the initial model on which the reward gets mean 0 and standard deviation 1; 0: off
     max_new_tokens: int = 80  # longest of those answers
-    eval_every: int = 50  # steps between two held-out evaluations
+    eval_every: int = 200  # steps between two held-out evaluations
+    eval_pairs: int = 500  # held-out pairs to use then
 
 
 def pairwise_loss(chosen, rejected):
@@ -95,6 +98,7 @@ def main(config: Config):
     # data
     pairs = load_pairs(config.data, tokenizer, model.config.block_size)
     valid = load_pairs(config.valid, tokenizer, model.config.block_size) if config.valid else []
+    valid = valid[: config.eval_pairs]
     lengths = [max(len(chosen.ids), len(rejected.ids)) for chosen, rejected in pairs]
     total = config.steps or round(config.epochs * -(-len(pairs) // config.batch_size))
 

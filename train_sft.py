@@ -18,10 +18,11 @@ from itertools import islice
 import torch
 import torch.nn.functional as F
 
+from nanopost.checkpoint import load_model
 from nanopost.config import UserError, cli
 from nanopost.data import batches, collate, load_examples, split
 from nanopost.model import GPT, GPTConfig
-from nanopost.run import Options, Run, adamw, load_model, schedule
+from nanopost.run import Options, Run, adamw, schedule
 from nanopost.sampling import show_answers
 from nanopost.tokenizer import DEFAULT_VOCAB, load_tokenizer
 
@@ -46,7 +47,7 @@ class Config(Options):
     warmup: float = 0.03  # share of the steps with rising learning rate; then linear decay to 0
     weight_decay: float = 0.0
     grad_clip: float = 1.0  # largest norm of the gradient; 0: none
-    eval_every: int = 200  # steps between two held-out evaluations
+    eval_every: int = 500  # steps between two held-out evaluations
 
 
 def masked_cross_entropy(logits, targets, mask, count=None):

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from nanopost.checkpoint import freeze, load_model
 from nanopost.config import UserError, cli
-from nanopost.run import Options, Run, freeze, load_model
+from nanopost.run import Options, Run
 from nanopost.sampling import generate
 
 

@@ -89,6 +89,8 @@ def encode_answer(tokenizer, where: str, record: dict, key: str) -> Example:
 def encode_example(tokenizer, where: str, record: dict) -> Example:
     """A record of any shape that SFT reads."""
     if "messages" in record:
+        if isinstance(record["messages"], str):
+            raise UserError(f"{where}: messages must be a list of messages, not a string")
         return Example(*tokenizer.chat(conversation(where, record, "messages", "user")))
     if "prompt" in record and "completion" in record:
         return encode_answer(tokenizer, where, record, "completion")

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 
 import torch
 
+from nanopost.checkpoint import atomic, freeze, load_model, same_vocabulary
 from nanopost.config import UserError, cli
 from nanopost.data import Example, collate, load_pairs, load_prompts, read_records, split
-from nanopost.run import Options, Run, atomic, call_reward, freeze, load_function, load_model, same_vocabulary
-from nanopost.sampling import sample_text, score_samples
+from nanopost.reward import call_reward, load_function, score_samples
+from nanopost.run import Options, Run
+from nanopost.sampling import sample_text
 
 COLUMNS = ("gold", "reward", "win_rate", "kl", "entropy", "length", "ended", "distinct")
 
@@ -137,6 +139,9 @@ def main(config: Config):
     if config.samples < 1 or config.limit < 1:
         raise UserError("--samples and --limit must be at least 1")
     prompts, ids = load_prompts(config.prompts, tokenizer, reference.config.block_size - config.max_new_tokens)
+    accuracy = ceiling = None
+    if config.reward and config.pairs:
+        accuracy, ceiling = pair_accuracy(reward_model, tokenizer, config.pairs)
     prompts, ids = prompts[: config.limit] * config.samples, ids[: config.limit] * config.samples
 
     def answer(model, seed):
@@ -163,10 +168,10 @@ def main(config: Config):
     print(f"\n{len(ids)} answers to {len(ids) // config.samples} prompts of {config.prompts}\n\n{table(rows)}\n")
 
     report = {"rows": rows, "gold_max": getattr(gold, "__globals__", {}).get("GOLD_MAX")}
-    if config.reward and config.pairs:
-        report["rm_accuracy"], report["rm_accuracy_ceiling"] = pair_accuracy(reward_model, tokenizer, config.pairs)
-        print(f"reward model: accuracy {report['rm_accuracy']:.1%} on {config.pairs}"
-              + (f", best possible {report['rm_accuracy_ceiling']:.1%}" if report["rm_accuracy_ceiling"] else ""))
+    if accuracy is not None:
+        report |= {"rm_accuracy": accuracy, "rm_accuracy_ceiling": ceiling}
+        print(f"reward model: accuracy {accuracy:.1%} on {config.pairs}"
+              + (f", best possible {ceiling:.1%}" if ceiling else ""))
     report["seconds"] = round(time.time() - (config.since or started), 1)
     print(f"{report['seconds']:.0f} s")
     if config.json:

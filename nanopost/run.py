@@ -1,26 +1,22 @@
 """What every script needs around its loop: device, precision, optimizer, schedule, checkpoints, metrics, progress bar.
 
-A run writes one self-contained folder: config.json, model.pt (tensors only), vocab.tiktoken, metrics.jsonl and, while
-it is unfinished, state.pt to resume from. Every file is written under a temporary name, flushed, then renamed, and
-config.json comes last: a folder that has one is whole.
+A run writes one self-contained folder (checkpoint.py says what is in it), appends to its metrics.jsonl and, while it is
+unfinished, keeps there a state.pt to resume from.
 """
 
-import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import os
-import sys
 import time
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
+from nanopost.checkpoint import atomic, load_file, save_model
 from nanopost.config import UserError
-from nanopost.model import GPT, GPTConfig
-from nanopost.tokenizer import Tokenizer, load_tokenizer
+from nanopost.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -37,108 +33,6 @@ class Options:
     compile: bool = torch.cuda.is_available()  # torch.compile the blocks
     log_every: int = 10  # steps between two lines of metrics.jsonl
     save_every: int = 200  # steps between two checkpoints
-
-
-# ------------------------------------------------------------------------------------------------ files and folders
-
-
-@contextlib.contextmanager
-def atomic(path: str, mode: str = "w"):
-    """Opens a file that appears under its name only when it is complete and on the disk."""
-    temporary = f"{path}.tmp"
-    with open(temporary, mode) as f:
-        yield f
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def save_model(folder: str, model: GPT, tokenizer: Tokenizer, info: dict):
-    """Writes weights, vocabulary and, last, config.json = info plus the model's configuration."""
-    os.makedirs(folder, exist_ok=True)
-    if os.path.exists(config_path := os.path.join(folder, "config.json")):
-        os.remove(config_path)
-    with atomic(os.path.join(folder, "vocab.tiktoken")) as f:
-        tokenizer.write(f)
-    with atomic(os.path.join(folder, "model.pt"), "wb") as f:
-        torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, f)
-    with atomic(config_path) as f:
-        json.dump({**info, "model": dataclasses.asdict(model.config)}, f, indent=1)
-
-
-def load_model(folder: str, device="cpu", reward: bool = False) -> tuple[GPT, Tokenizer]:
-    """The model and the tokenizer of a finished run; `reward` says which kind is wanted: a reward or a language model.
-
-    Raises UserError if the folder is missing, unfinished, of the other kind, or if its parts do not fit together.
-    """
-    if not os.path.isdir(folder):
-        raise UserError(f"no folder {folder}")
-    try:
-        with open(os.path.join(folder, "config.json")) as f:
-            config = GPTConfig(**json.load(f)["model"])
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no finished model (no config.json); is its training still to be resumed?") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/config.json does not describe a model: {error}") from None
-    if config.scalar_head != reward:
-        kinds = "a language model", "a reward model"
-        raise UserError(f"{folder} holds {kinds[config.scalar_head]}; here {kinds[reward]} is needed")
-    tokenizer, model = load_tokenizer(os.path.join(folder, "vocab.tiktoken")), GPT(config)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(f"{folder}: the vocabulary has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
-    model.load_state_dict(load_tensors(os.path.join(folder, "model.pt"), model))
-    return model.to(device), tokenizer
-
-
-def load_file(path: str):
-    """A checkpoint: tensors and plain values; nothing else is ever unpickled. UserError if it cannot be read."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # there is no exception that a broken file does not raise
-        raise UserError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from None
-
-
-def load_tensors(path: str, model: GPT) -> dict:
-    """A model's tensors. UserError if the file is broken or does not fit the model."""
-    tensors = load_file(path)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if not isinstance(tensors, dict) or {n: getattr(t, "shape", None) for n, t in tensors.items()} != shapes:
-        raise UserError(f"{path} does not fit the model that config.json describes")
-    return tensors
-
-
-def same_vocabulary(tokenizer: Tokenizer, other: Tokenizer, first: str, second: str):
-    if tokenizer != other:
-        raise UserError(f"{first} and {second} have different vocabularies ({tokenizer.vocab_size} and "
-                        f"{other.vocab_size} tokens); both must come from the same one")
-
-
-def load_function(spec: str):
-    """The Python function "file.py:function". Its file may import its neighbours. UserError if there is none."""
-    path, _, name = spec.rpartition(":")
-    if not path.endswith(".py") or not os.path.isfile(path):
-        raise UserError(f"no file {path or spec}; a function is given as file.py:function")
-    folder = os.path.dirname(os.path.abspath(path))
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    module_spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
-    module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"{path} has no function {name}")
-    return getattr(module, name)
-
-
-def call_reward(function, prompts: list, completions: list[str]) -> list[float]:
-    """function(prompts, completions) with its result checked: one finite number a completion, else UserError."""
-    try:
-        scores = [float(x) for x in function(prompts, completions)]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"reward function {function.__name__}: {error}") from None
-    if len(scores) != len(completions) or not all(map(math.isfinite, scores)):
-        raise UserError(f"reward function {function.__name__}: must return one finite number for each of the "
-                        f"{len(completions)} completions; it returned {len(scores)}")
-    return scores
 
 
 # -------------------------------------------------------------------------------------------- optimizer and schedule
@@ -158,11 +52,6 @@ def schedule(step: int, total: int, warmup: int = 0) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return (total - step) / max(1, total - warmup)
-
-
-def freeze(model: GPT) -> GPT:
-    """For reference and reward models: no gradients, no dropout."""
-    return model.requires_grad_(False).eval()
 
 
 # ------------------------------------------------------------------------------------------------------------- a run

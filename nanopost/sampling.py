@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from nanopost.data import Example, collate
 from nanopost.model import GPT, KVCache
 
 CHECK_EVERY = 4  # decoding steps between two looks at which rows have ended
@@ -61,8 +60,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
              on_token=None) -> Samples:
     """Samples one response to each prompt (lists of ids), of at most max_new_tokens with the end token counted.
 
-    temperature 0 is greedy. `on_token(ids)` is called with each step's tokens (a list of R ids) and makes it
-    synchronise: for streaming. Raises ValueError for an empty prompt, or one that leaves no room in the context.
+    temperature 0 is greedy. `on_token(ids)` is called with each step's tokens (a list, of the rows still
+    going) and makes it synchronise: for streaming. Raises ValueError for an empty prompt, or one that leaves no room in the context.
     """
     lengths = torch.tensor([len(p) for p in prompts])
     R, P, block = len(prompts), int(lengths.max()), model.config.block_size
@@ -145,16 +144,3 @@ def show_answers(model: GPT, tokenizer, prompts: list[list[int]], max_new_tokens
     room = model.config.block_size - max_new_tokens
     samples = sample_text(model, tokenizer, [ids for ids in prompts if len(ids) <= room], max_new_tokens, seed=seed)
     return "\n".join(f"    {tokenizer.decode(s['prompt_ids'])} {s['text']}{'<|end|>' * s['ended']}" for s in samples)
-
-
-@torch.no_grad()
-def score_samples(model: GPT, samples: list[dict], batch_size: int = 64) -> torch.Tensor:
-    """The reward model's scores (N,) fp32, on the CPU, of samples as sample_text returns them."""
-    rows = [Example(s["prompt_ids"] + s["ids"], [False] * (len(s["prompt_ids"]) + len(s["ids"]))) for s in samples]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    scores = torch.zeros(len(rows))
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        batch = collate([rows[i] for i in part], model.device)
-        scores[part] = model.score(batch.ids, batch.lengths).cpu()
-    return scores

@@ -18,7 +18,7 @@ for folder in (ROOT / "data" / "notes", ROOT):
         sys.path.insert(0, str(folder))
 
 from nanopost.model import GPT, GPTConfig  # noqa: E402
-from nanopost.run import save_model  # noqa: E402
+from nanopost.checkpoint import save_model  # noqa: E402
 from nanopost.tokenizer import Tokenizer  # noqa: E402
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ import annotate
 from nanopost import evaluate
 from nanopost.config import UserError
 from nanopost.evaluate import measure, pair_accuracy, sequence_logprobs, summary, table
-from nanopost.run import load_model
+from nanopost.checkpoint import load_model
 from nanopost.sampling import sample_text
 
 V, END = 5, 4  # a vocabulary whose answers of at most two tokens can all be written down: (end), and 4 x 5 others

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanopost.checkpoint import atomic, freeze, load_model, same_vocabulary, save_model
 from nanopost.config import UserError
 from nanopost.model import GPT, GPTConfig
-from nanopost.run import (Options, Run, adamw, atomic, call_reward, freeze, load_function, load_model, same_vocabulary,
-                          save_model, schedule)
+from nanopost.reward import call_reward, load_function
+from nanopost.run import Options, Run, adamw, schedule
 from nanopost.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -262,7 +263,7 @@ def run(tmp_path, tiny, tokenizer):
     """A run that has begun, of a model with one parameter tensor that matters."""
     run = Run("test", Options(out=str(tmp_path / "out"), device="cpu", compile=False, log_every=2, save_every=3))
     model = tiny(tokenizer.vocab_size)
-    run.begin({"model": model}, adamw(model.parameters(), 0.1), tokenizer)
+    run.begin({"model": model}, adamw(model.parameters(), 0.1), tokenizer, 8)
     return run
 
 
@@ -300,7 +301,7 @@ def test_a_line_of_the_log_is_json_for_everyone_even_where_a_statistic_is_undefi
 
 
 def test_something_is_due_every_so_many_steps_and_after_the_last(run):
-    due = [step + 1 for step in run.steps(8) if run.due(step, 3)]
+    due = [step + 1 for step in run.steps() if run.due(step, 3)]
     assert due == [3, 6, 8]
 
 
@@ -316,9 +317,9 @@ def test_an_update_clips_the_norm_of_the_gradient_and_returns_the_norm_before(ru
         assert p.grad is None
 
 
-def test_no_steps_are_an_error_that_names_the_options(run):
+def test_no_steps_are_an_error_that_names_the_options(run, tokenizer):
     with pytest.raises(UserError, match="--steps"):
-        list(run.steps(0))
+        run.begin(run.modules, run.optimizer, tokenizer, 0)
 
 
 def test_a_fresh_run_forgets_what_an_earlier_one_left(workshop, tmp_path, metrics):

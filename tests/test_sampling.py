@@ -7,7 +7,8 @@ import torch
 
 import nanopost.sampling as sampling
 from nanopost.data import batches
-from nanopost.sampling import filter_logits, generate, sample_text, score_samples, show_answers
+from nanopost.reward import score_samples
+from nanopost.sampling import filter_logits, generate, sample_text, show_answers
 
 V, END = 11, 5  # a vocabulary so small that rows end soon, in a matrix with 53 unused rows
 

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+import nanopost.reward
 import train_dpo
 import train_ppo
 import train_rm
 import train_sft
+from nanopost.checkpoint import load_model
 from nanopost.config import UserError
 from nanopost.data import load_pairs
-from nanopost.run import Run, load_model
-from nanopost.sampling import score_samples
+from nanopost.reward import score_samples
+from nanopost.run import Run
 from train_dpo import dpo_loss
 from train_ppo import adapt, gae, policy_loss, token_rewards, value_loss, whiten
 from train_rm import pairwise_loss
@@ -640,7 +642,7 @@ def test_ppo_hands_a_python_reward_the_prompts_as_they_stand_and_the_answers_as_
         calls.append((prompts, completions))
         return [0.5] * len(completions)
 
-    monkeypatch.setattr(train_ppo, "load_function", lambda spec: reward)
+    monkeypatch.setattr(nanopost.reward, "load_function", lambda spec: reward)
     workshop.run("ppo", tmp_path / "out", reward="anything.py:reward", steps=1, eval_every=100)
     prompts, completions = calls[1]  # after the evaluation before the first step
     batch = watched.rollouts[1]

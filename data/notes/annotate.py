@@ -18,9 +18,10 @@ from dataclasses import dataclass
 
 from gold import score
 
+from nanopost.checkpoint import atomic, freeze, load_model
 from nanopost.config import UserError, cli
 from nanopost.data import load_prompts
-from nanopost.run import Run, Options, atomic, freeze, load_model
+from nanopost.run import Options, Run
 from nanopost.sampling import sample_text
 
 
@@ -30,7 +31,7 @@ class Config:
     prompts: str = "data/notes/prompts_train.jsonl"  # prompts of the training pairs
     valid_prompts: str = "data/notes/prompts_eval.jsonl"  # prompts of the held-out pairs
     out: str = "out/prefs"  # folder for train.jsonl and valid.jsonl
-    pairs: int = 10000  # training pairs
+    pairs: int = 8000  # training pairs
     valid_pairs: int = 3000  # held-out pairs
     temperature: float = 3.0  # of the annotator, in points of the gold reward: higher is noisier
     max_new_tokens: int = 80  # longest answer

@@ -1,0 +1,97 @@
+"""Models on the disk: one self-contained folder a run.
+
+config.json (model, method, arguments), model.pt (tensors only) and vocab.tiktoken. Every file is written under a
+temporary name, flushed, then renamed, and config.json comes last: a folder that has one is whole. Nothing that is loaded
+is ever unpickled.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+
+import torch
+
+from nanopost.config import UserError
+from nanopost.model import GPT, GPTConfig
+from nanopost.tokenizer import Tokenizer, load_tokenizer
+
+
+@contextlib.contextmanager
+def atomic(path: str, mode: str = "w"):
+    """Opens a file that appears under its name only when it is complete and on the disk."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, mode) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+
+
+def save_model(folder: str, model: GPT, tokenizer: Tokenizer, info: dict):
+    """Writes weights, vocabulary and, last, config.json = info plus the model's configuration."""
+    os.makedirs(folder, exist_ok=True)
+    if os.path.exists(config_path := os.path.join(folder, "config.json")):
+        os.remove(config_path)
+    with atomic(os.path.join(folder, "vocab.tiktoken")) as f:
+        tokenizer.write(f)
+    with atomic(os.path.join(folder, "model.pt"), "wb") as f:
+        torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, f)
+    with atomic(config_path) as f:
+        json.dump({**info, "model": dataclasses.asdict(model.config)}, f, indent=1)
+
+
+def load_model(folder: str, device="cpu", reward: bool = False) -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of a finished run; `reward` says which kind is wanted: a reward or a language model.
+
+    Raises UserError if the folder is missing, unfinished, of the other kind, or if its parts do not fit together.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"no folder {folder}")
+    try:
+        with open(os.path.join(folder, "config.json")) as f:
+            config = GPTConfig(**json.load(f)["model"])
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no finished model (no config.json); is its training still to be resumed?") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/config.json does not describe a model: {error}") from None
+    if config.scalar_head != reward:
+        kinds = "a language model", "a reward model"
+        raise UserError(f"{folder} holds {kinds[config.scalar_head]}; here {kinds[reward]} is needed")
+    tokenizer, model = load_tokenizer(os.path.join(folder, "vocab.tiktoken")), GPT(config)
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(f"{folder}: the vocabulary has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    model.load_state_dict(load_tensors(os.path.join(folder, "model.pt"), model))
+    return model.to(device), tokenizer
+
+
+def load_file(path: str):
+    """A checkpoint: tensors and plain values; nothing else is ever unpickled. UserError if it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # there is no exception that a broken file does not raise
+        raise UserError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+
+
+def load_tensors(path: str, model: GPT) -> dict:
+    """A model's tensors. UserError if the file is broken or does not fit the model."""
+    tensors = load_file(path)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if not isinstance(tensors, dict) or {n: getattr(t, "shape", None) for n, t in tensors.items()} != shapes:
+        raise UserError(f"{path} does not fit the model that config.json describes")
+    return tensors
+
+
+def same_vocabulary(tokenizer: Tokenizer, other: Tokenizer, first: str, second: str):
+    if tokenizer != other:
+        raise UserError(f"{first} and {second} have different vocabularies ({tokenizer.vocab_size} and "
+                        f"{other.vocab_size} tokens); both must come from the same one")
+
+
+def freeze(model: GPT) -> GPT:
+    """For reference and reward models: no gradients, no dropout."""
+    return model.requires_grad_(False).eval()
