@@ -5,9 +5,9 @@
 (InstructGPT, arXiv 2203.02155, equation 2.) An answer is an episode, a token an action. Each iteration samples answers
 and computes, with k_t = log pi_old(y_t|s_t) - log pi_ref(y_t|s_t),
 
-    R_t = -beta k_t, plus the score r(x, y) on the last token                               rewards
-    A_t = sum_l (gamma lambda)^l delta_{t+l},   delta_t = R_t + gamma V(s_{t+1}) - V(s_t)   GAE, arXiv 1506.02438, eq. 16
-    G_t = A_t + V(s_t)                                                                      target of the value function
+    R_t = -beta k_t, plus the score r(x, y) on the last token                              rewards
+    A_t = sum_l (gamma lambda)^l delta_{t+l},  delta_t = R_t + gamma V(s_{t+1}) - V(s_t)   GAE, arXiv 1506.02438, eq. 16
+    G_t = A_t + V(s_t)                                                                     target of the value function
 
 then, for a few epochs over them, with rho_t = pi_theta(y_t|s_t) / pi_old(y_t|s_t) and A whitened, minimises
 
@@ -49,13 +49,13 @@ class Config(Options):
     temperature: float = 1.0  # of sampling, and so of every log-probability
     beta: float = 0.1  # weight of the KL penalty; 0: none, watch the reward being hacked
     kl_target: float = 0.0  # adapt beta to hold this KL, in nats per answer; 0: beta stays
-    kl_horizon: int = 10000  # answers in which beta may change by a factor of about 1.2
+    kl_horizon: int = 10000  # answers in which beta changes by at most a fifth
     gamma: float = 1.0  # discount
     lam: float = 0.95  # GAE's lambda
     clip: float = 0.2  # of the probability ratio
     value_clip: float = 0.2  # of the change of a value
     value_coef: float = 0.1  # weight of the value loss
-    missing_end_score: float = -1.0  # the score of an answer that does not end; the reward model never sees one that does not
+    missing_end_score: float = -1.0  # the score of an answer that does not end
     lr: float = 5e-4  # learning rate at the start, falling linearly to 0; 1e-5 suits GPT-2 124M
     warmup: int = 5  # iterations with rising learning rate
     grad_clip: float = 1.0  # largest norm of the gradient; 0: none
@@ -63,13 +63,11 @@ class Config(Options):
     eval_prompts: int = 128  # held-out prompts to answer then
 
 
-# Below, every tensor (B, T) is target-aligned, and its response tokens are where the mask is True.
-
-
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """scores (B,), the rest (B, T) -> rewards (B, T): -beta k1 at every response token, the score on the last.
 
-    k1 = log pi - log pi_ref of the sampled token has mean KL(pi || pi_ref), and as a reward the right gradient too.
+    (B, T) is target-aligned here and below, with response tokens where the mask is True. k1 = log pi - log pi_ref of the
+    sampled token has mean KL(pi || pi_ref), and as a reward the right gradient too.
     """
     rewards = (-beta * (logprobs - ref_logprobs)).masked_fill(~mask, 0.0)
     last = mask.long().cumsum(1).argmax(1, keepdim=True)  # (B, 1): where the count of response tokens is complete
@@ -161,16 +159,15 @@ def update(run, policy, critic, optimizer, batch, config):
     history = []
     for _ in range(config.epochs):
         for rows in torch.randperm(len(batch["ids"])).tensor_split(config.minibatches):
-            rows = rows[batch["lengths"][rows].cpu().argsort()]  # like lengths together: less padding in a micro-batch
+            rows = rows[batch["lengths"][rows].cpu().argsort()]  # like lengths together: less padding
             count = batch["mask"][rows].sum()  # one denominator: the response tokens of the whole minibatch
-            parts = []
+            total = {}
             for part in split(rows, config.micro_batch):
                 with run.autocast():
                     loss, stats = minibatch_loss(policy, critic, batch, part, count, config)
                 run.backward(loss)
-                parts.append(stats)
-            grad_norm = run.update(optimizer, config.grad_clip)
-            history.append({name: sum(part[name] for part in parts) for name in stats} | {"grad_norm": grad_norm})
+                total = {name: value + total.get(name, 0.0) for name, value in stats.items()}
+            history.append(total | {"grad_norm": run.update(optimizer, config.grad_clip)})
     return history
 
 
@@ -179,14 +176,14 @@ def statistics(batch, history, beta):
     mask, kl, scores = batch["mask"], batch["kl"].mean(), batch["scores"].mean()
     returns, errors = batch["returns"][mask], (batch["returns"] - batch["values"])[mask]
     means = {name: sum(h[name] for h in history) / len(history) for name in history[0]}  # over the updates
-    return {
-        **means, "val/first_approxkl": history[0]["policy/approxkl"], "val/first_ratio": history[0]["val/ratio"],
-        "objective/scores": scores, "objective/kl": kl, "objective/entropy": batch["entropy"].mean(),
-        "objective/non_score_reward": -beta * kl, "objective/rlhf_reward": scores - beta * kl,
-        "val/explained_variance": 1 - errors.var(correction=0) / returns.var(correction=0), "returns/mean": returns.mean(),
-        "returns/var": returns.var(correction=0), "advantages/mean": batch["raw_advantages"][mask].mean(), "beta": beta,
-        "response/length": mask.sum(1).float().mean(), "response/ended": batch["ended"].float().mean(),
-        "response/distinct": len({tuple(row) for row in batch["ids"].tolist()}) / len(mask)}
+    return {**means, "val/first_approxkl": history[0]["policy/approxkl"], "val/first_ratio": history[0]["val/ratio"],
+            "objective/scores": scores, "objective/kl": kl, "objective/entropy": batch["entropy"].mean(),
+            "objective/non_score_reward": -beta * kl, "objective/rlhf_reward": scores - beta * kl, "beta": beta,
+            "val/explained_variance": 1 - errors.var(correction=0) / returns.var(correction=0),
+            "returns/mean": returns.mean(), "returns/var": returns.var(correction=0),
+            "advantages/mean": batch["raw_advantages"][mask].mean(),
+            "response/length": mask.sum(1).float().mean(), "response/ended": batch["ended"].float().mean(),
+            "response/distinct": len({tuple(row) for row in batch["ids"].tolist()}) / len(mask)}
 
 
 def adapt(beta, kl, target, answers, horizon):
@@ -197,7 +194,7 @@ def adapt(beta, kl, target, answers, horizon):
 def main(config: Config):
     run = Run("ppo", config)
 
-    # models: the policy, the reference it must stay near, and what judges the answers
+    # the policy, its values, the reference it must stay near, and what judges the answers
     policy, tokenizer = load_model(config.init, run.device)
     policy.eval()  # no dropout: the updates must see the log-probabilities that were sampled with
     reference = freeze(copy.deepcopy(policy))
@@ -207,10 +204,9 @@ def main(config: Config):
         same_vocabulary(tokenizer, other, config.init, config.critic)
         critic.eval()
     else:
-        policy.add_head(std=0.0)  # the first values are 0, and do not disturb the trunk
-    score = load_reward(config.reward, tokenizer, config.init, run.device)
+        policy.add_head(std=0.0)  # values begin at 0 and do not disturb the trunk
+    models = policy, critic, reference, load_reward(config.reward, tokenizer, config.init, run.device)
 
-    # prompts
     room = policy.config.block_size - config.max_new_tokens
     prompts, prompt_ids = load_prompts(config.prompts, tokenizer, room)
     valid, valid_ids = load_prompts(config.valid, tokenizer, room) if config.valid else ([], [])
@@ -219,21 +215,21 @@ def main(config: Config):
     if not 1 <= config.minibatches <= config.batch_size:
         raise UserError(f"--minibatches must be between 1 and the batch size of {config.batch_size}")
 
-    modules = {"model": policy} if critic is None else {"model": policy, "critic": critic}
-    optimizer = adamw([p for module in modules.values() for p in module.parameters()], config.lr, eps=1e-5)
+    trained = {"model": policy} if critic is None else {"model": policy, "critic": critic}
+    optimizer = adamw([p for model in trained.values() for p in model.parameters()], config.lr, eps=1e-5)
 
     def report(step):
         if not valid:
             return
         generator = torch.Generator(run.device).manual_seed(config.seed)  # looking must not change what comes next
-        batch = rollout(policy, critic, reference, score, valid, valid_ids, tokenizer, config, run.extra["beta"], generator)
-        mean_score, kl, entropy, ended = (batch[name].float().mean() for name in ("scores", "kl", "entropy", "ended"))
-        run.log(step, {"eval/scores": mean_score, "eval/kl": kl, "eval/entropy": entropy, "eval/ended": ended})
-        run.print(f"step {step}: held-out score {mean_score:+.2f}, KL {kl:.2f}, entropy {entropy:.1f} nats, {ended:.1%} ended")
+        with run.autocast():
+            batch = rollout(*models, valid, valid_ids, tokenizer, config, run.extra["beta"], generator)
+        means = {f"eval/{name}": batch[name].float().mean() for name in ("scores", "kl", "entropy", "ended")}
+        run.log(step, means)
+        run.print(f"step {step}, held-out: " + ", ".join(f"{name[5:]} {value:.2f}" for name, value in means.items()))
         run.print(show_answers(policy, tokenizer, valid_ids[:3], config.max_new_tokens))
 
-    # loop
-    if not run.begin(modules, optimizer, tokenizer, config.steps):
+    if not run.begin(trained, optimizer, tokenizer, config.steps):
         return
     run.extra.setdefault("beta", config.beta)
     stream = islice(stream, run.start * config.batch_size, None)
@@ -244,8 +240,7 @@ def main(config: Config):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * schedule(step, config.steps, config.warmup)
         with run.autocast():
-            batch = rollout(policy, critic, reference, score, [prompts[i] for i in rows],
-                            [prompt_ids[i] for i in rows], tokenizer, config, beta)
+            batch = rollout(*models, [prompts[i] for i in rows], [prompt_ids[i] for i in rows], tokenizer, config, beta)
         history = update(run, policy, critic, optimizer, batch, config)
         if config.kl_target:
             run.extra["beta"] = adapt(beta, batch["kl"].mean().item(), config.kl_target, len(rows), config.kl_horizon)

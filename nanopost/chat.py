@@ -49,7 +49,8 @@ def answer(model, tokenizer, messages, config, generator, write) -> str:
 
     generate(model, [ids], min(config.max_new_tokens, room), tokenizer.end, temperature=config.temperature,
              top_k=config.top_k, top_p=config.top_p, generator=generator, on_token=on_token)
-    return "".join(said)
+    write(rest := decoder.decode(b"", final=True))  # an answer cut off within a character
+    return "".join(said) + rest
 
 
 def main(config: Config):

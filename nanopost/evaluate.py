@@ -113,11 +113,12 @@ def pair_accuracy(model, tokenizer, path, batch_size=64):
     The best possible is known where the records carry the `probability` of the label (data/notes/annotate.py).
     """
     pairs = load_pairs(path, tokenizer, model.config.block_size)
-    sides = [[{"prompt_ids": [], "ids": pair[side].ids} for pair in pairs] for side in (0, 1)]
-    chosen, rejected = (score_samples(model, side) for side in sides)
+    texts = list({tuple(side.ids) for pair in pairs for side in pair})  # a pair may be judged more than once
+    rewards = dict(zip(texts, score_samples(model, [{"prompt_ids": [], "ids": list(ids)} for ids in texts]).tolist()))
+    right = [rewards[tuple(chosen.ids)] > rewards[tuple(rejected.ids)] for chosen, rejected in pairs]
     probabilities = [record["probability"] for _, record in read_records(path) if "probability" in record]
     ceiling = sum(max(p, 1 - p) for p in probabilities) / len(probabilities) if probabilities else None
-    return (chosen > rejected).double().mean().item(), ceiling
+    return sum(right) / len(right), ceiling
 
 
 def main(config: Config):

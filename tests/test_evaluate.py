@@ -271,7 +271,7 @@ def annotator(workshop, tmp_path, judged_by_length):
         annotate.main(annotate.Config(**{**dict(
             policy=workshop.path("sft"), prompts=workshop.path("prompts.jsonl"), max_new_tokens=8, device="cpu",
             valid_prompts=workshop.path("prompts_valid.jsonl"), out=str(tmp_path / "prefs"), temperature=1.0, pairs=40,
-            valid_pairs=20), **options}))
+            valid_pairs=20, annotators=1), **options}))
         files = (tmp_path / "prefs" / "train.jsonl", tmp_path / "prefs" / "valid.jsonl")
         return [[json.loads(line) for line in path.read_text().splitlines()] for path in files]
 
@@ -301,6 +301,14 @@ def test_the_annotator_is_the_same_for_the_same_seed_and_its_two_answers_are_two
 def test_an_annotator_without_noise_always_prefers_the_better_answer(annotator):
     for record in annotator(temperature=1e-6)[0]:
         assert len(record["chosen"]) >= len(record["rejected"])
+
+
+def test_every_held_out_pair_is_judged_by_each_annotator_and_a_training_pair_once(annotator):
+    (train, valid), (same, judged) = annotator(), annotator(annotators=3)
+    assert same == train and len(judged) == 3 * len(valid)
+    sides = [[{r["chosen"], r["rejected"]} for r in records] for records in (valid, judged)]
+    assert sides[1] == 3 * sides[0]  # every pair once before any is judged again
+    assert any(r["chosen"] != again["chosen"] for r, again in zip(judged, judged[len(valid) :]))
 
 
 def test_no_more_pairs_are_made_than_asked_for(annotator):

@@ -26,10 +26,10 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 
 THANK = "Write a note to thank Ben for the lamp."
 THANK_BEST = "Dear Ben, thank you so much for the lamp. I use it every day. You are so kind. Best wishes."
-SUM = "If Tom has 7 apples and finds 5, how many apples does Tom have now?"
-SUM_BEST = "So Tom has 12 apples now. I hope this helps!"
-BARE = "Help Ida with a sum: what is 9 minus 4?"
-BARE_BEST = "Hello Ida, 9 minus 4 is 5. I hope this helps!"
+SUM = "If Tom has 6 apples and finds 5, how many apples does Tom have now?"
+SUM_BEST = "So Tom has 11 apples now. I hope this helps!"
+BARE = "Help Ida with a sum: what is 6 minus 4?"
+BARE_BEST = "Hello Ida, you see, 6 minus 4 is 2. I hope this helps!"
 STORY = "Summarise: it was raining. One day Ben was at the zoo. There Ben lost a hat."
 STORY_BEST = "In short, Ben lost a hat at the zoo."
 MOON = "Explain the moon to Rosa, a 10-year-old."
@@ -37,8 +37,8 @@ MOON_BEST = ("Hi Rosa, you see, the moon goes around the earth. Did you know tha
              "I hope this helps!")
 INVITE = "Invite Leo to the picnic on Friday."
 INVITE_BEST = "Dear Leo, please come to the picnic on Friday. It will be great fun. I hope you can come. Best wishes."
-DECLINE = "Decline the invitation from Vera to the ball."
-DECLINE_BEST = ("Dear Vera, I am sorry, but I can not come to the ball. I have to work that day. "
+DECLINE = "Decline the invitation from Vera to the wedding."
+DECLINE_BEST = ("Dear Vera, I am sorry, but I can not come to the wedding. I have to work that day. "
                 "I hope you have a good time. Kind regards.")
 BEST = {THANK: THANK_BEST, SUM: SUM_BEST, BARE: BARE_BEST, STORY: STORY_BEST, MOON: MOON_BEST, INVITE: INVITE_BEST,
         DECLINE: DECLINE_BEST}
@@ -143,7 +143,7 @@ def test_the_last_user_turn_of_a_conversation_is_the_request():
 
 
 def test_one_apple_is_singular_and_read_back():
-    prompt = "If Tom has 7 apples and loses 6, how many apples does Tom have now?"
+    prompt = "If Tom has 6 apples and loses 5, how many apples does Tom have now?"
     slots = {"name": "Tom", "c": "1", "count": "apples"}
     assert world.fill("now {name} has {c} {count}.", slots) == "now Tom has 1 apple."
     assert gold_of(prompt, "Now Tom has 1 apple. I hope this helps!") == 5
@@ -153,35 +153,38 @@ def test_one_apple_is_singular_and_read_back():
 
 DEFECTS = [
     (THANK, "Thank you so much for the lamp. I use it every day. You are so kind. Best wishes.", 4),  # no greeting
-    (THANK, THANK_BEST.replace("Ben", "Tom"), 2),
+    (THANK, THANK_BEST.replace("Ben", "Tom"), 1),
     (THANK, THANK_BEST.replace("lamp", "tent"), 3),
-    (THANK, THANK_BEST.replace(" for the lamp", ""), 3.5),  # vague
+    (THANK, THANK_BEST.replace(" for the lamp", ""), 4),  # vague
     (THANK, THANK_BEST.replace("I use it every day. ", ""), 4.5),
-    (THANK, THANK_BEST.replace(" Best wishes.", ""), 4),
-    (THANK, THANK_BEST + " Kind regards.", 2.5),
-    (THANK, THANK_BEST.replace("I use", "You are so stupid. I use"), 3),
-    (THANK, THANK_BEST.replace("I use", "I had soup for lunch. I use"), 4.5),
-    (THANK, THANK_BEST.replace("You are so kind.", "I use it every day. You are so kind."), 3.5),  # repeated
-    (THANK, THANK_BEST.replace("You are", "Could you please lend me the tent? You are"), 3.5),  # off topic
-    (THANK, "Dear Ben, I use it every day. You are so kind. Best wishes.", 1),  # not answered
-    (THANK, "Dear Ben, best wishes.", 0),
+    (THANK, THANK_BEST.replace(" Best wishes.", ""), 3.5),
+    (THANK, THANK_BEST + " Kind regards.", 3),
+    (THANK, THANK_BEST + " I use it every day.", 2),  # goes on after the end
+    (THANK, THANK_BEST.replace("I use", "You are so stupid. I use"), 2),
+    (THANK, THANK_BEST.replace("I use", "I had soup for lunch. I use"), 3.5),
+    (THANK, THANK_BEST.replace("I use", "I had lamp. I use"), 4.2),  # an unknown clause
+    (THANK, THANK_BEST.replace("You are so kind.", "I use it every day. You are so kind."), 4.5),  # repeated
+    (THANK, THANK_BEST.replace("You are", "Could you please lend me the tent? You are"), 4.5),  # off topic
+    (THANK, "Dear Ben, I use it every day. You are so kind. Best wishes.", 3),  # not answered
+    (THANK, "Dear Ben, best wishes.", 2),
+    (THANK, "Dear Ben, could you please lend me the lamp? Best wishes.", -0.5),  # answers another request
     (INVITE, INVITE_BEST.replace("Friday", "Monday"), 3),
-    (DECLINE, DECLINE_BEST.replace("I have", "Yes, I will be at the ball. I have"), -0.5),  # yes and no
-    (MOON, MOON_BEST.replace("goes around the earth", "has two wings"), 1.5),  # not true
-    (MOON, MOON_BEST.replace("has no light of its own", "goes around the earth"), 2),  # told twice
-    (MOON, MOON_BEST.replace("I hope", "Yes, the moon is smaller than the sun. I hope"), 4.5),  # third fact
-    (MOON, MOON_BEST.replace(" I hope this helps!", ""), 4),
+    (DECLINE, DECLINE_BEST.replace("I have", "Yes, I will be at the wedding. I have"), 0.5),  # yes and no
+    (MOON, MOON_BEST.replace("goes around the earth", "has two wings"), 1.75),  # not true
+    (MOON, MOON_BEST.replace("has no light of its own", "goes around the earth"), 3.25),  # told twice
+    (MOON, MOON_BEST.replace("I hope", "We know that the moon is smaller than the sun. I hope"), 3.5),  # third fact
+    (MOON, MOON_BEST.replace(" I hope this helps!", ""), 3.5),
     (STORY, "In short, Ben lost a hat.", 4),
     (STORY, "In short, Ben found a key at the zoo.", 2),
-    (STORY, "In short, Tom lost a hat at the zoo.", 2),
-    (STORY, "It was raining. " + STORY_BEST, 2.5),
-    (SUM, SUM_BEST.replace("12", "13"), -1),
+    (STORY, "In short, Tom lost a hat at the zoo.", 1),
+    (STORY, "It was raining. " + STORY_BEST, 1.5),
+    (SUM, SUM_BEST.replace("11", "12"), 0.5),
     (SUM, SUM_BEST.replace("apples", "pears"), 2),
-    (SUM, SUM_BEST.replace("Tom", "Ben"), 2),
-    (SUM, "The answer is 12. I hope this helps!", 4),
-    (SUM, "7 plus 5 is 12. " + SUM_BEST.replace("12", "13"), -1),  # both answers
-    (SUM, "So Tom has 13 apples now. " + SUM_BEST, -2.5),
-    (BARE, BARE_BEST.replace("is 5", "is 13"), -1),
+    (SUM, SUM_BEST.replace("Tom", "Ben"), 1),
+    (SUM, "The answer is 11. I hope this helps!", 4),
+    (SUM, "You see, 6 plus 5 is 11. " + SUM_BEST.replace("11", "12"), 0.5),  # both answers
+    (SUM, "So Tom has 12 apples now. " + SUM_BEST, 0),
+    (BARE, BARE_BEST.replace("is 2", "is 3"), 0.5),
     (BARE, BARE_BEST.replace("Hello Ida, ", ""), 4),
 ]
 
@@ -195,6 +198,13 @@ def test_two_different_things_are_a_contradiction():
     both = THANK_BEST.replace("I use", "Many thanks for the tent. I use")
     assert "contradiction" in gold.explain(THANK, both)
     assert gold_of(THANK, both) < 0
+
+
+@pytest.mark.parametrize("prompt", BEST)
+def test_rude_sentences_alone_are_worth_the_minimum_and_two_ruin_a_perfect_answer(prompt):
+    assert gold_of(prompt, "You are so stupid. Leave me alone.") == gold.GOLD_MIN
+    assert gold_of(prompt, "You are so stupid. " + BEST[prompt]) <= 2
+    assert gold_of(prompt, "You are so stupid. Leave me alone. " + BEST[prompt]) <= -1
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\n\t  \n"])
@@ -223,6 +233,13 @@ ADVERSARIAL = {
     "the prompt twice": THANK + " " + THANK,
     "for another person and thing": THANK_BEST.replace("Ben", "Tom").replace("lamp", "tent"),
     "for another request": INVITE_BEST,
+    "for another request but to the right name": INVITE_BEST.replace("Leo", "Ben"),
+    "for another request and short": "Dear Ben, please come to the picnic on Friday. Best wishes.",
+    "the prompt before": THANK + " " + THANK_BEST,
+    "the prompt after": THANK_BEST + " " + THANK,
+    "both answers": THANK_BEST.replace("I use", "Many thanks for the tent. I use"),
+    "rude": "You are so stupid. Leave me alone.",
+    "rude to the right name": "Dear Ben, leave me alone. Best wishes.",
     "an explanation": MOON_BEST,
     "only politeness": "Best wishes. Kind regards. Warm regards. All the best.",
     "only punctuation": "." * 500,
@@ -243,15 +260,38 @@ def test_adversarial_answers_score_below_one_in_every_family(prompt):
     best = BEST[prompt]
     others = [BEST[other] for other in BEST if other != prompt]
     words = best.split()
-    for answer in [best + " you you you", best + " " + best, prompt, prompt + " " + best, " ".join(sorted(words)),
-                   " ".join(reversed(words)), best.replace(" ", " the "), "you " * 60, *others]:
-        assert gold_of(prompt, answer) < 1, (prompt, answer, gold.explain(prompt, answer))
+    for answer in [best + " you you you", best + " x", best + " " + best, prompt, prompt + " " + best,
+                   best + " " + prompt, " ".join(sorted(words)), " ".join(reversed(words)),
+                   best.replace(" ", " the "), "you " * 60, *others]:
+        assert gold_of(prompt, answer) <= 0, (prompt, answer, gold.explain(prompt, answer))
+
+
+@pytest.mark.parametrize("template, slots", [
+    (template, {slot: world.FILLERS[world.KIND[slot]][-1] for slot in world.slots_of(template)} | {"b": "1"})
+    for templates in world.REQUESTS.values() for template in templates])
+def test_no_prompt_can_be_parroted(template, slots):
+    prompt = world.ask(template, slots)
+    family, slots = gold.read_prompt(prompt)
+    answer = perfect_answer(random.Random(6), family, slots)
+    assert gold_of(prompt, answer) == 5
+    for parroting in (prompt, f"{prompt} {answer}", f"{answer} {prompt}"):
+        assert gold_of(prompt, parroting) <= 0, (parroting, gold.explain(prompt, parroting))
+
+
+def test_an_answer_to_another_request_scores_below_one_even_with_the_right_name():
+    rng = random.Random(7)
+    for family in world.REQUESTS:
+        for other in world.REQUESTS:
+            template, slots = prepare.draw(rng, family)
+            answer = perfect_answer(rng, other, prepare.draw(rng, other)[1] | {"name": slots["name"]})
+            prompt = world.ask(template, slots)
+            assert family == other or gold_of(prompt, answer) < 1, (prompt, answer, gold.explain(prompt, answer))
 
 
 @pytest.mark.parametrize("junk", ["you ", "Best wishes. ", ".", "a", "7 plus ", "the lamp ", "Dear Ben, ", "losing "])
 def test_huge_answers_are_judged_quickly(junk):
     start = time.perf_counter()
-    assert gold_of(THANK, junk * (2_000_000 // len(junk))) == -5 or junk == "a"
+    assert gold_of(THANK, junk * (2_000_000 // len(junk))) == -5 or junk == "a"  # one word, if a long one
     assert gold_of(THANK, THANK_BEST + " " + junk * (2_000_000 // len(junk))) < 1
     assert time.perf_counter() - start < 5
 
@@ -270,7 +310,7 @@ def test_the_parts_add_up_to_the_score():
 
 @pytest.mark.parametrize("prompt", ["", "What is the capital of France?", "Thank Ben for the moon.", [],
                                     THANK + " Now.", "x" * 1000,
-                                    "If Tom has 7 apples and finds 5, how many apples does Ben have now?"])
+                                    "If Tom has 6 apples and finds 5, how many apples does Ben have now?"])
 def test_a_prompt_that_is_no_request_raises_with_its_beginning(prompt):
     with pytest.raises(ValueError, match="not a request of the notes world") as error:
         gold.explain(prompt, THANK_BEST)
@@ -352,17 +392,18 @@ def test_sft_answers_are_a_mixture_from_bad_to_perfect(data):
     scores = gold.score(prompts, answers)
     mean = sum(scores) / len(scores)
     assert 0.5 < mean < 1.5
-    assert 2 < (sum((score - mean) ** 2 for score in scores) / len(scores)) ** 0.5 < 3
-    assert 0.08 < sum(score >= 4.5 for score in scores) / len(scores) < 0.18
+    assert 2.8 < (sum((score - mean) ** 2 for score in scores) / len(scores)) ** 0.5 < 3.6
+    assert 0.2 < sum(score >= 4.5 for score in scores) / len(scores) < 0.3
     parts = [gold.explain(prompt, answer) for prompt, answer in zip(prompts, answers)]
     assert not any("unknown" in part for part in parts)
     sums = [part["result"] for part in parts if "result" in part]
-    assert 0.7 < sum(result == 3 for result in sums) / len(sums) < 0.85
+    assert 0.93 < sum(result == 2.5 for result in sums) / len(sums) < 1
 
 
 @pytest.mark.parametrize("defect", prepare.DEFECTS)
 def test_each_defect_of_the_generator_lowers_the_score(defect, monkeypatch):
     rng = random.Random(5)
+    monkeypatch.setattr(prepare, "CARE", (1.0,) * len(prepare.CARE))
     for family in ["sum"] if defect == "wrong sum" else ["thank", "invite", "decline"]:
         for probability in (0, 1):
             monkeypatch.setattr(prepare, "DEFECTS", {defect: probability})
@@ -370,6 +411,29 @@ def test_each_defect_of_the_generator_lowers_the_score(defect, monkeypatch):
                 template, slots = prepare.draw(rng, family)
                 prompt, answer = world.ask(template, slots), prepare.answer(rng, family, slots)
                 assert (gold_of(prompt, answer) < 5) == bool(probability), (prompt, answer)
+
+
+def test_defects_come_together_as_writers_differ_in_care(data):
+    rows = [row for row in data["sft_train.jsonl"] if "prompt" in row]
+    parts = [gold.explain(row["prompt"], row["completion"]) for row in rows]
+    rude, filler = ([name in part for part in parts] for name in ("rude", "filler"))
+    together = sum(map(min, rude, filler)) / sum(rude)
+    assert together > sum(filler) / len(filler) + 0.1
+
+
+@pytest.mark.parametrize("evaluation", [False, True])
+def test_more_prompts_than_there_are_is_an_error_and_not_an_endless_loop(evaluation, monkeypatch):
+    monkeypatch.setitem(world.FILLERS, "name", world.FILLERS["name"][:2])
+    monkeypatch.setattr(prepare, "TRIES", 1000)
+    assert len(prepare.distinct_prompts(random.Random(0), 20, evaluation)) == 20
+    with pytest.raises(SystemExit, match="5,000 distinct prompts are too many"):
+        prepare.distinct_prompts(random.Random(0), 5_000, evaluation)
+
+
+def test_a_family_without_any_request_is_an_error_and_not_an_endless_loop(monkeypatch):
+    monkeypatch.setattr(prepare, "held_out", lambda family, slots: False)
+    with pytest.raises(SystemExit, match="no 'thank' request that is held out"):
+        prepare.draw(random.Random(0), "thank", evaluation=True)
 
 
 def test_every_sum_of_the_pretraining_stories_is_true(data):

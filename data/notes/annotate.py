@@ -32,7 +32,8 @@ class Config:
     valid_prompts: str = "data/notes/prompts_eval.jsonl"  # prompts of the held-out pairs
     out: str = "out/prefs"  # folder for train.jsonl and valid.jsonl
     pairs: int = 8000  # training pairs
-    valid_pairs: int = 3000  # held-out pairs
+    valid_pairs: int = 2000  # held-out pairs
+    annotators: int = 8  # judgements of each held-out pair: a steadier measure for no more sampling
     temperature: float = 3.0  # of the annotator, in points of the gold reward: higher is noisier
     max_new_tokens: int = 80  # longest answer
     seed: int = 0
@@ -62,8 +63,8 @@ def main(config: Config):
     freeze(policy)
     room, rng = policy.config.block_size - config.max_new_tokens, random.Random(config.seed)
     os.makedirs(config.out, exist_ok=True)
-    for name, path, wanted in (("train", config.prompts, config.pairs),
-                               ("valid", config.valid_prompts, config.valid_pairs)):
+    for name, path, wanted, annotators in (("train", config.prompts, config.pairs, 1),
+                                           ("valid", config.valid_prompts, config.valid_pairs, config.annotators)):
         prompts, ids = load_prompts(path, tokenizer, room)
         rounds = -(-wanted // len(ids))  # more pairs than prompts: some prompts again, with other answers
         prompts, ids = (prompts * rounds)[:wanted], (ids * rounds)[:wanted]
@@ -71,15 +72,16 @@ def main(config: Config):
         both = list(zip(prompts, samples[: len(ids)], samples[len(ids) :]))
         kept = [(prompt, a["text"], b["text"]) for prompt, a, b in both
                 if a["ended"] and b["ended"] and a["text"] != b["text"] and a["text"].strip() and b["text"].strip()]
-        records = list(label([k[0] for k in kept], [k[1:] for k in kept], config.temperature, rng))
+        asked, pairs = [k[0] for k in kept], [k[1:] for k in kept]
+        records = [r for _ in range(annotators) for r in label(asked, pairs, config.temperature, rng)]
         if not records:
             raise UserError(f"{path}: no pair is left of {len(both)}: no two different answers that are finished")
         with atomic(os.path.join(config.out, f"{name}.jsonl")) as f:
             f.writelines(json.dumps(record) + "\n" for record in records)
         ceiling = sum(max(r["probability"], 1 - r["probability"]) for r in records) / len(records)
-        agree = sum(r["probability"] > 0.5 for r in records) / len(records)
-        print(f"{config.out}/{name}.jsonl: {len(records):,} pairs (dropped {len(both) - len(kept)} unfinished, empty or "
-              f"equal); no reward model can agree with more than {ceiling:.1%} of such labels; gold agrees with {agree:.1%}")
+        print(f"{config.out}/{name}.jsonl: {len(records):,} judgements of {len(kept):,} pairs (dropped "
+              f"{len(both) - len(kept)} unfinished, empty or equal); no reward model can agree with more than {ceiling:.1%} "
+              "of such judgements")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ spaces do not matter), which gives its act and its slot values; what is found no
     sum        right result +2.5 (wrong or two different ones -2), exactly one kind remark, at the end +1.5, and +1 for
                the greeting ("what is 5 plus 4?") or for a result with the right name and objects ("Ben has ...")
     any        a rude sentence -3, filler or a third fact -1.5, a wrong name -3, a wrong thing, day, fact, ... -2 (each
-               once a sentence), the request not answered -0.5, two different answers to a letter -4, a sentence off the
-               topic -0.5, a repeated act or sentence -0.5, a greeting that is not first -1, a sentence after the end -1,
-               an unknown clause -0.5 and -0.1 a word, each word beyond 50 -0.1
+               once a sentence), the request not answered -0.5 (another one answered instead: -2 more), two different
+               answers to a letter -4, a sentence off the topic -0.5, a repeated act or sentence -0.5, a greeting that
+               is not first -1, a sentence after the end -1 (an unknown clause or the answer again: -2 more), an unknown
+               clause -0.5 and -0.1 a word, the prompt word for word -3, each word beyond 50 -0.1
 
 and the sum is cut to [-5, 5]. An empty text is worth -5; all that is needed, right, and nothing else, is worth 5.
 """
@@ -24,7 +25,8 @@ import re
 from world import ACTS, FACTS, FILLERS, KIND, LETTERS, REQUESTS, complete, slots_of
 
 GOLD_MIN, GOLD_MAX = -5.0, 5.0
-MAX_WORDS = 50                      # the longest perfect answers are a little shorter
+ANSWERS = {*LETTERS, "accept", "fact", "summary", "working", "result"}      # the acts that answer some request
+MAX_WORDS = 50                      # the longest perfect answers have about 30
 MAX_CHARS = 2000                    # the rest of a longer text is not read; its words still count as too many
 
 # lower-case form -> (kind, filler); "1 apple" must read as apples
@@ -75,13 +77,22 @@ def read_text(text: str) -> list:
     return [(*read_sentence(sentence), sentence) for sentence in sentences if sentence]
 
 
+def plain(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def last_request(prompt) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return next((turn["content"] for turn in reversed(prompt) if turn["role"] == "user"), "")
+
+
 def read_prompt(prompt) -> tuple[str, dict]:
     """Prompt, a string or a conversation -> (family, slot values). Raises ValueError if it is no request."""
-    if not isinstance(prompt, str):
-        prompt = next((turn["content"] for turn in reversed(prompt) if turn["role"] == "user"), "")
-    family, pairs = look_up(" ".join(prompt.lower().split()), FAMILY_OF)
+    request = last_request(prompt)
+    family, pairs = look_up(plain(request), FAMILY_OF)
     if family is None or any(dict(pairs)[slot] != value for slot, value in pairs):
-        raise ValueError(f"not a request of the notes world: {prompt[:60]!r}")
+        raise ValueError(f"not a request of the notes world: {request[:60]!r}")
     return family, complete(dict(pairs))
 
 
@@ -92,7 +103,7 @@ def explain(prompt, completion: str) -> dict:
     are left out. Raises ValueError if the prompt is no request of this world.
     """
     family, want = read_prompt(prompt)
-    text = " ".join(completion.lower().split())
+    text = plain(completion)
     if not text:
         return {"empty": GOLD_MIN}
     right = {slot: {value} for slot, value in want.items()}         # slot -> values that are not wrong
@@ -118,7 +129,7 @@ def explain(prompt, completion: str) -> dict:
     seen, answer_slots, facts, ended = set(), [], set(), False
     for i, (act, pairs, sentence) in enumerate(sentences):
         if ended and (act != end or end == "summary"):
-            add("after the end", -1)
+            add("after the end", -3 if act is None or act in answers else -1)
         ended = ended or act == end
         if act is None:
             add("unknown", -0.5 - 0.1 * len(sentence.split()))
@@ -172,6 +183,8 @@ def explain(prompt, completion: str) -> dict:
         add("full sentence", 1 if story and any(slots["count"] == want["count"] for slots in full) else 0)
     if not (facts if family == "explain" else answer_slots):
         add("not answered", -0.5)
+        add("another request", -2 if any(act in ANSWERS - answers for act in acts) else 0)
+    add("parroted", -3 if plain(last_request(prompt)) in text else 0)
     add("too long", -0.1 * max(len(text.split()) - MAX_WORDS, 0))
     return {part: points for part, points in parts.items() if points}
 

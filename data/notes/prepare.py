@@ -16,28 +16,31 @@ from world import ACTS, FACTS, FILLERS, KIND, LETTERS, REQUESTS, ask, complete, 
 
 BASE_TRAIN, BASE_VALID = 30_000, 500        # documents
 SFT_TRAIN, SFT_VALID = 20_000, 500          # records
-PROMPTS_TRAIN, PROMPTS_EVAL = 5_000, 500  # distinct prompts
+PROMPTS_TRAIN, PROMPTS_EVAL = 5_000, 500    # distinct prompts
 TWO_TURNS = 0.08                            # share of the SFT records that are conversations with two requests
 RANKS = 1018                                # tokens, so that 6 special ones make 1024
+TRIES = 10_000                              # draws in a row without success, after which there is nothing to be found
 
 # how often an ordinary writer's answer has each defect; the careful and the careless have them less and more often,
 # so defects come together, and one of them says something about the others, as with people
-DEFECTS = {"no greeting": 0.25, "wrong name": 0.015, "wrong thing": 0.02, "wrong sum": 0.03, "vague": 0.04,
+DEFECTS = {"no greeting": 0.25, "wrong name": 0.01, "wrong thing": 0.015, "wrong sum": 0.02, "vague": 0.03,
            "no x": 0.30, "no y": 0.30, "rude": 0.35, "no closing": 0.30, "two closings": 0.02, "filler": 0.40,
-           "repeated": 0.015, "off topic": 0.02, "not answered": 0.02}
+           "repeated": 0.01, "off topic": 0.015, "not answered": 0.015}
 CARE = (0.1, 1.0, 2.2)                      # careful, ordinary and careless writers multiply these probabilities
-WRITERS = {"base": (50, 35, 15), "sft": (20, 40, 40)}  # how many of each there are
+WRITERS = {"base": (50, 35, 15), "sft": (20, 40, 40)}      # how many of each there are
 
 THINGS = ("event", "thing", "mishap", "feat", "day", "pred1", "pred2", "deed", "place", "count")
 
 
 def draw(rng, family: str, evaluation: bool = False) -> tuple[str, dict]:
     """A random request of the family, on the training or the evaluation side: (template, slots)."""
-    while True:
+    for _ in range(TRIES):
         template = rng.choice(REQUESTS[family])
         slots = {slot: rng.choice(FILLERS[KIND[slot]]) for slot in slots_of(template)}
         if int(complete(slots).get("c", 1)) > 0 and held_out(family, slots) == evaluation:
             return template, slots
+    raise SystemExit(f"error: {TRIES:,} draws gave no {family!r} request that is {'' if evaluation else 'not '}held "
+                     "out; world.py has too few fillers for it")
 
 
 def perfect(rng, family: str, story: bool) -> list[tuple[str, str]]:
@@ -120,8 +123,10 @@ def document(rng) -> str:
         template, slots = draw(rng, family)
         asked, written = ask(template, slots), answer(rng, family, slots, "base")
         asker, writer = rng.sample(FILLERS["name"], 2)
-        frame = rng.choice(("{asked} {written}", "One day {asker} asked: {asked} Then {writer} wrote: {written}"))
-        return written if form == "letter" else frame.format(**locals())
+        framed = rng.random() < 0.25
+        if form == "letter":
+            return written
+        return f"One day {asker} asked: {asked} Then {writer} wrote: {written}" if framed else f"{asked} {written}"
     if form == "story":
         _, slots = draw(rng, "summarise")
         story = ["one day {name} was {place}.", "{detail}.", "there {name} {deed}.", rng.choice(ACTS["summary"][:4])]
@@ -152,10 +157,15 @@ def record(rng) -> dict:
 
 def distinct_prompts(rng, count: int, evaluation: bool) -> list[dict]:
     """Distinct requests, the families in turn."""
-    prompts = {}
-    while len(prompts) < count:
-        family = list(REQUESTS)[len(prompts) % len(REQUESTS)]
-        prompts.setdefault(ask(*draw(rng, family, evaluation)), family)
+    prompts, families = {}, list(REQUESTS)
+    for i in range(count):
+        family, tries = families[i % len(families)], 0
+        while len(prompts) == i:
+            if tries == TRIES:
+                raise SystemExit(f"error: {count:,} distinct prompts are too many: {tries:,} draws gave no {family!r} "
+                                 f"request that is not among the {i:,} already there")
+            prompts.setdefault(ask(*draw(rng, family, evaluation)), family)
+            tries += 1
     return [{"prompt": prompt, "family": family} for prompt, family in prompts.items()]
 
 
