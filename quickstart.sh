@@ -8,10 +8,10 @@ python=${PYTHON:-python} seed=${SEED:-0} out=${OUT:-out} started=$(date +%s)
 $python data/notes/prepare.py
 
 # pretraining: every token is a target
-$python train_sft.py --seed $seed --init scratch --data data/notes/base_train.jsonl --valid data/notes/base_valid.jsonl --lr 4e-3 --epochs 0.8 --out $out/base
+$python train_sft.py --seed $seed --init scratch --data data/notes/base_train.jsonl --valid data/notes/base_valid.jsonl --lr 4e-3 --epochs 1.2 --out $out/base
 
 # SFT: imitate demonstrations, good and bad
-$python train_sft.py --seed $seed --init $out/base --data data/notes/sft_train.jsonl --valid data/notes/sft_valid.jsonl --epochs 1.5 --out $out/sft
+$python train_sft.py --seed $seed --init $out/base --data data/notes/sft_train.jsonl --valid data/notes/sft_valid.jsonl --epochs 2 --out $out/sft
 
 # preferences: two answers of the SFT model to each prompt, judged by the simulated annotator
 $python data/notes/annotate.py --seed $seed --policy $out/sft --out $out/prefs

@@ -31,7 +31,7 @@ class Config:
     prompts: str = "data/notes/prompts_train.jsonl"  # prompts of the training pairs
     valid_prompts: str = "data/notes/prompts_eval.jsonl"  # prompts of the held-out pairs
     out: str = "out/prefs"  # folder for train.jsonl and valid.jsonl
-    pairs: int = 8000  # training pairs
+    pairs: int = 10000  # training pairs
     valid_pairs: int = 2000  # held-out pairs
     annotators: int = 8  # judgements of each held-out pair: a steadier measure for no more sampling
     temperature: float = 3.0  # of the annotator, in points of the gold reward: higher is noisier
