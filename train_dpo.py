@@ -3,10 +3,10 @@
     L(theta) = - mean over pairs of  log sigma( beta h ),
     h = [log pi_theta(y_w|x) - log pi_ref(y_w|x)] - [log pi_theta(y_l|x) - log pi_ref(y_l|x)]
 
-(Rafailov et al., arXiv 2305.18290, equation 7.) y_w is the chosen answer, y_l the rejected one, pi_ref the SFT model that
-training starts from. The log-probability of an answer is the sum over its tokens, <|end|> included. The implicit reward
-beta log(pi/pi_ref) is fitted to the pairs just as a reward model would be, and its optimum is the policy that maximises
-that reward under a KL penalty of weight beta: pi* = pi_ref exp(r/beta) / Z.
+(Rafailov et al., arXiv 2305.18290, equation 7.) y_w is the chosen answer, y_l the rejected one, pi_ref the SFT model
+that training starts from. The log-probability of an answer is the sum over its tokens, <|end|> included. The implicit
+reward beta log(pi/pi_ref) is fitted to the pairs just as a reward model would be, and its optimum is the policy that
+maximises that reward under a KL penalty of weight beta: pi* = pi_ref exp(r/beta) / Z.
 
     python train_dpo.py --init out/sft --data out/prefs/train.jsonl --valid out/prefs/valid.jsonl --out out/dpo
 """
@@ -74,7 +74,7 @@ def reference_logprobs(model, pairs, device, batch_size=64):
 
 
 def batch_loss(policy, pairs, reference, beta, label_smoothing, device):
-    """Losses (B,) of B pairs and the statistics to log, (B,) each. reference (B, 2): reference_logprobs of the pairs."""
+    """Losses (B,) of B pairs and the statistics to log, (B,) each. reference (B, 2): what reference_logprobs said."""
     chosen, rejected = pair_logprobs(policy, pairs, device)
     ref_chosen, ref_rejected = reference.to(device).unbind(1)
     losses, good, bad = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing)
@@ -87,7 +87,8 @@ def batch_loss(policy, pairs, reference, beta, label_smoothing, device):
 def evaluate(policy, pairs, reference, config, device, batch_size=64):
     """The means over all held-out pairs of what batch_loss reports."""
     policy.eval()
-    parts = [batch_loss(policy, [pairs[i] for i in rows], reference[rows], config.beta, config.label_smoothing, device)[1]
+    beta, smoothing = config.beta, config.label_smoothing
+    parts = [batch_loss(policy, [pairs[i] for i in rows], reference[rows], beta, smoothing, device)[1]
              for rows in split(list(range(len(pairs))), batch_size)]
     policy.train()
     return {name: torch.cat([part[name] for part in parts]).mean() for name in parts[0]}

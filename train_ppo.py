@@ -66,8 +66,8 @@ class Config(Options):
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """scores (B,), the rest (B, T) -> rewards (B, T): -beta k1 at every response token, the score on the last.
 
-    (B, T) is target-aligned here and below, with response tokens where the mask is True. k1 = log pi - log pi_ref of the
-    sampled token has mean KL(pi || pi_ref), and as a reward the right gradient too.
+    (B, T) is target-aligned here and below, with response tokens where the mask is True. k1 = log pi - log pi_ref of
+    the sampled token has mean KL(pi || pi_ref), and as a reward the right gradient too.
     """
     rewards = (-beta * (logprobs - ref_logprobs)).masked_fill(~mask, 0.0)
     last = mask.long().cumsum(1).argmax(1, keepdim=True)  # (B, 1): where the count of response tokens is complete

@@ -41,7 +41,7 @@ class Config(Options):
     warmup: float = 0.05  # share of the steps with rising learning rate; then linear decay to 0
     weight_decay: float = 0.0
     grad_clip: float = 1.0  # largest norm of the gradient; 0: none
-    normalise: int = 512  # answers of the initial model on which the reward gets mean 0 and standard deviation 1; 0: off
+    normalise: int = 512  # answers of the initial model that get mean 0 and standard deviation 1; 0: off
     max_new_tokens: int = 80  # longest of those answers
     eval_every: int = 200  # steps between two held-out evaluations
     eval_pairs: int = 500  # held-out pairs to use then
@@ -79,8 +79,8 @@ def normalise(model, samples):
     model.eval()
     scores = score_samples(model, samples)  # (N,)
     if len(scores) < 2 or (scores == scores[0]).all():
-        raise UserError(f"--normalise needs answers with different rewards, it has {len(scores)}; lower --max-new-tokens "
-                        "so that prompts have room, or give --normalise 0")
+        raise UserError(f"--normalise needs answers with different rewards, it has {len(scores)}; lower "
+                        "--max-new-tokens so that prompts have room, or give --normalise 0")
     mean, std = scores.mean().item(), scores.std(correction=0).item()
     model.head.weight /= std
     model.head.bias.sub_(mean).div_(std)

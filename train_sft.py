@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: imitate good answers.
+r"""Supervised fine-tuning: imitate good answers.
 
     L(theta) = - sum_{b,t} m[b,t] log pi_theta(ids[b,t+1] | ids[b,:t+1])  /  sum_{b,t} m[b,t]
 
@@ -8,8 +8,9 @@ into micro-batches changes nothing. It is the maximum-likelihood estimate (Instr
 
 With {"text"} records every token is a target: that is pretraining, with the same loss.
 
-    python train_sft.py --init scratch --data data/notes/base_train.jsonl --valid data/notes/base_valid.jsonl --out out/base
-    python train_sft.py --init out/base --data data/notes/sft_train.jsonl --valid data/notes/sft_valid.jsonl --out out/sft
+    python train_sft.py --init scratch --data data/notes/base_train.jsonl --valid data/notes/base_valid.jsonl \
+        --lr 4e-3 --out out/base
+    python train_sft.py --init out/base --data data/notes/sft_train.jsonl --valid data/notes/sft_valid.jsonl
 """
 
 from dataclasses import dataclass

@@ -12,7 +12,7 @@ import torch
 
 from nanopost.checkpoint import freeze, load_model
 from nanopost.config import UserError, cli
-from nanopost.run import Options, Run
+from nanopost.run import find_device
 from nanopost.sampling import generate
 
 
@@ -38,8 +38,8 @@ def answer(model, tokenizer, messages, config, generator, write) -> str:
     ids = tokenizer.prompt(messages)
     room = model.config.block_size - len(ids)
     if room < 1:
-        raise UserError(f"the prompt has {len(ids)} tokens; the context of {model.config.block_size} has no room for it "
-                        "and an answer; shorten it")
+        raise UserError(f"the prompt has {len(ids)} tokens; the context of {model.config.block_size} has no room for "
+                        "it and an answer; shorten it")
     decoder, said = codecs.getincrementaldecoder("utf-8")(errors="replace"), []
 
     def on_token(step):
@@ -49,14 +49,15 @@ def answer(model, tokenizer, messages, config, generator, write) -> str:
 
     generate(model, [ids], min(config.max_new_tokens, room), tokenizer.end, temperature=config.temperature,
              top_k=config.top_k, top_p=config.top_p, generator=generator, on_token=on_token)
-    write(rest := decoder.decode(b"", final=True))  # an answer cut off within a character
+    if rest := decoder.decode(b"", final=True):  # an answer that was cut off within a character
+        write(rest)
     return "".join(said) + rest
 
 
 def main(config: Config):
     if config.temperature < 0 or config.top_k < 0 or not 0 < config.top_p <= 1 or config.max_new_tokens < 1:
         raise UserError("--temperature and --top-k must be at least 0, --top-p in (0, 1], --max-new-tokens at least 1")
-    device = Run("chat", Options(device=config.device, seed=config.seed)).device
+    device = find_device(config.device)
     model, tokenizer = load_model(config.policy, device)
     freeze(model)
     generator = torch.Generator(device).manual_seed(config.seed)
@@ -78,16 +79,17 @@ def main(config: Config):
         if not text:
             break
         turns.append({"role": "user", "content": text})
-        while len(turns) > 1 and len(tokenizer.prompt(start + turns)) + config.max_new_tokens > model.config.block_size:
-            turns = turns[2:]  # the context is full: the oldest exchange goes
+        kept = turns
+        while len(kept) > 1 and len(tokenizer.prompt(start + kept)) + config.max_new_tokens > model.config.block_size:
+            kept = kept[2:]  # the context is full: the oldest exchange goes
         try:
-            said = answer(model, tokenizer, start + turns, config, generator, write)
+            said = answer(model, tokenizer, start + kept, config, generator, write)
         except UserError as error:  # one long message does not end the conversation
             print(f"error: {error}", file=sys.stderr)
             turns.pop()
             continue
         print()
-        turns.append({"role": "assistant", "content": said})
+        turns = [*kept, {"role": "assistant", "content": said}]
 
 
 if __name__ == "__main__":

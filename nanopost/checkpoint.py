@@ -1,8 +1,8 @@
 """Models on the disk: one self-contained folder a run.
 
 config.json (model, method, arguments), model.pt (tensors only) and vocab.tiktoken. Every file is written under a
-temporary name, flushed, then renamed, and config.json comes last: a folder that has one is whole. Nothing that is loaded
-is ever unpickled.
+temporary name, flushed, then renamed, and config.json comes last: a folder that has one is whole. Nothing that is
+loaded is ever unpickled.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def load_model(folder: str, device="cpu", reward: bool = False) -> tuple[GPT, To
         with open(os.path.join(folder, "config.json")) as f:
             config = GPTConfig(**json.load(f)["model"])
     except FileNotFoundError:
-        raise UserError(f"{folder} holds no finished model (no config.json); is its training still to be resumed?") from None
+        raise UserError(f"{folder} holds no finished model (no config.json); --resume its training") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}/config.json does not describe a model: {error}") from None
     if config.scalar_head != reward:

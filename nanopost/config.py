@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(config_class, argv=None):
-    """The config that the command line describes. `--no-x` turns a flag off; `--max_steps` and `--max-steps` are one."""
+    """The config that the command line describes. `--no-x` turns a flag off; `--log_every` is `--log-every` too."""
     doc = inspect.getdoc(inspect.getmodule(config_class)) or ""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     types, comments = typing.get_type_hints(config_class), field_comments(config_class)
@@ -55,11 +55,12 @@ def parse(config_class, argv=None):
         if not required and field.default not in ("", None):
             help += f" (default: {field.default})"
         if typing.get_origin(kind) is list:  # a list of paths: a positional argument
-            parser.add_argument(field.name, nargs="+" if field.default_factory is dataclasses.MISSING else "*", help=help)
+            parser.add_argument(field.name, nargs="+", help=help)
         elif required and kind is str:  # what the command is about: a positional argument too
             parser.add_argument(field.name, help=help)
         elif kind is bool:
-            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, default=field.default, help=help)
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(flag(field.name), action=action, default=field.default, help=help)
         else:
             parser.add_argument(flag(field.name), type=number if kind is int else kind, required=required,
                                 default=None if required else field.default, metavar=kind.__name__.upper(), help=help)

@@ -66,8 +66,10 @@ def conversation(where: str, record: dict, key: str, role: str) -> list[dict]:
             raise UserError(f"{where}: {key}: the role must be one of {', '.join(ROLES)}, not {message.get('role')!r}")
         if message["role"] == "assistant" and not message["content"].strip():
             raise UserError(f"{where}: {key} is empty; remove the record or give it an answer")
-    if key == "prompt" and value[-1]["role"] != "user" or key not in ("prompt", "messages") and value[0]["role"] != role:
-        raise UserError(f"{where}: {key} must {'end' if key == 'prompt' else 'begin'} with a turn of the {role}")
+    if key == "prompt" and value[-1]["role"] != role:
+        raise UserError(f"{where}: {key} must end with a turn of the {role}")
+    if key not in ("prompt", "messages") and value[0]["role"] != role:
+        raise UserError(f"{where}: {key} must begin with a turn of the {role}")
     return value
 
 

@@ -24,7 +24,7 @@ from nanopost.checkpoint import atomic, freeze, load_model, same_vocabulary
 from nanopost.config import UserError, cli
 from nanopost.data import Example, collate, load_pairs, load_prompts, read_records, split
 from nanopost.reward import call_reward, load_function, score_samples
-from nanopost.run import Options, Run
+from nanopost.run import find_device
 from nanopost.sampling import sample_text
 
 COLUMNS = ("gold", "reward", "win_rate", "kl", "entropy", "length", "ended", "distinct")
@@ -52,7 +52,8 @@ class Config:
 @torch.no_grad()
 def sequence_logprobs(model, samples, batch_size=64):
     """log pi(y|x) (N,) in nats, at temperature 1, of samples as sample_text returns them."""
-    rows = [Example(s["prompt_ids"] + s["ids"], [False] * len(s["prompt_ids"]) + [True] * len(s["ids"])) for s in samples]
+    rows = [Example(s["prompt_ids"] + s["ids"], [False] * len(s["prompt_ids"]) + [True] * len(s["ids"]))
+            for s in samples]
     order, out = sorted(range(len(rows)), key=lambda i: len(rows[i].ids)), torch.zeros(len(rows), dtype=torch.float64)
     for part in split(order, batch_size):
         batch = collate([rows[i] for i in part], model.device)
@@ -60,11 +61,11 @@ def sequence_logprobs(model, samples, batch_size=64):
     return out
 
 
-def measure(samples, logprobs, reference_logprobs, rewards=None, gold=None, reference_gold=None) -> dict[str, torch.Tensor]:
+def measure(samples, logprobs, reference_logprobs, rewards=None, gold=None, reference_gold=None) -> dict:
     """Per-answer values (N,) of every column, whose means are the row of the table; logprobs in nats per answer."""
     copies = {}
     for s in samples:
-        key = (tuple(s["ids"]))
+        key = tuple(s["ids"])
         copies[key] = copies.get(key, 0) + 1
     values = {
         "kl": logprobs - reference_logprobs,
@@ -123,7 +124,7 @@ def pair_accuracy(model, tokenizer, path, batch_size=64):
 
 def main(config: Config):
     started = time.time()
-    device = Run("evaluate", Options(device=config.device, seed=config.seed)).device
+    device = find_device(config.device)
     reference, tokenizer = load_model(config.reference, device)
     freeze(reference)
     models = []

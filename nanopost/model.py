@@ -64,7 +64,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, kv=None, pos=None, mask=None):
-        """x (B, T, C) -> (B, T, C). kv (2, B, H, S, D) is this layer's cache; pos and mask are given in decoding only."""
+        """x (B, T, C) -> (B, T, C). kv (2, B, H, S, D) is this layer's cache; a mask is given in decoding only."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
@@ -165,7 +165,7 @@ class GPT(nn.Module):
         return self.head(hidden).squeeze(-1).float()
 
     def score(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """ids (B, T), lengths (B,) -> (B,) fp32: the scalar head at each row's last real token, which has seen it all."""
+        """ids (B, T), lengths (B,) -> (B,) fp32: the scalar head at each row's last real token, which saw the rest."""
         rows = torch.arange(len(ids), device=ids.device)
         return self.scalar(self(ids)[rows, lengths - 1])  # (B, T, C) -> (B, C) -> (B,)
 

@@ -20,8 +20,8 @@ from nanopost.model import GPT
 def load_reward(spec: str, tokenizer, owner: str, device):
     """The reward as a function score(prompts, samples) -> (R,) of the Samples that generate() returns.
 
-    spec: the folder of a reward model, whose vocabulary must be that of `owner` (the folder that `tokenizer` is from), or
-    file.py:function.
+    spec: the folder of a reward model, whose vocabulary must be that of `owner` (the folder that `tokenizer` is from),
+    or file.py:function.
     """
     if ".py:" in spec:
         function = load_function(spec)

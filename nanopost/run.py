@@ -29,7 +29,7 @@ class Options:
     resume: bool = False  # go on from the last checkpoint in that folder
     seed: int = 0  # of the initialisation, the data order and the sampling
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # of the computation, weights stay fp32: auto (bf16 or fp16 on CUDA, else fp32), fp32, bf16, fp16
+    dtype: str = "auto"  # of the computation, weights stay fp32: fp32, bf16, fp16 or auto (the best on CUDA, else fp32)
     compile: bool = torch.cuda.is_available()  # torch.compile the blocks
     log_every: int = 10  # steps between two lines of metrics.jsonl
     save_every: int = 200  # steps between two checkpoints
@@ -57,32 +57,39 @@ def schedule(step: int, total: int, warmup: int = 0) -> float:
 # ------------------------------------------------------------------------------------------------------------- a run
 
 
+def find_device(name: str) -> torch.device:
+    """The device called so; auto is the first GPU if there is one. UserError if it is not to be had."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+
+
 class Run:
-    """One training run: `for step in run.steps(total)` with everything around it.
+    """One training run: `for step in run.steps()` with everything around it.
 
     The scripts call, in this order: Run(...), begin(...), then in the loop autocast(), backward(), update(), log(),
     and finish() at the end.
     """
 
     def __init__(self, method: str, options: Options):
-        self.method, self.options = method, options
-        name = options.device
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self.device = torch.device(name)
-            torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+        self.method, self.options, self.device = method, options, find_device(options.device)
         cuda = self.device.type == "cuda"
         best = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "fp32"
         if options.dtype not in ("auto", *DTYPES):
             raise UserError(f"--dtype must be auto or one of {', '.join(DTYPES)}, not {options.dtype}")
         self.dtype = DTYPES[best if options.dtype == "auto" else options.dtype]
-        smallest = dict.fromkeys(("log_every", "save_every", "eval_every", "batch_size", "minibatches", "max_new_tokens"), 1)
+        positive = "log_every", "save_every", "eval_every", "batch_size", "minibatches", "max_new_tokens"
+        smallest = dict.fromkeys(positive, 1)
         for name, bound in (smallest | dict.fromkeys(("micro_batch", "lr", "weight_decay"), 0)).items():
             if getattr(options, name, bound) < bound:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {bound}")
+        for name in ("init", "reward", "critic"):
+            folder = getattr(options, name, "")
+            if os.path.isdir(folder) and os.path.realpath(folder) == os.path.realpath(options.out):
+                raise UserError(f"--out and --{name} are both {folder}; a run may not overwrite what it starts from")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         torch.set_float32_matmul_precision("high")  # TF32 where there are tensor cores
         torch.manual_seed(options.seed)
@@ -135,6 +142,8 @@ class Run:
             self.print(f"{self.options.out} is finished: nothing to resume")
             return False
         else:  # a fresh run: what an earlier one left here no longer counts
+            if self.options.resume:
+                self.print(f"there is nothing to resume in {self.options.out}: starting from the beginning")
             for name in ("state.pt", "config.json", "metrics.jsonl"):
                 if os.path.exists(self.path(name)):
                     os.remove(self.path(name))

@@ -60,8 +60,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
              on_token=None) -> Samples:
     """Samples one response to each prompt (lists of ids), of at most max_new_tokens with the end token counted.
 
-    temperature 0 is greedy. `on_token(ids)` is called with each step's tokens (a list, of the rows still
-    going) and makes it synchronise: for streaming. Raises ValueError for an empty prompt, or one that leaves no room in the context.
+    temperature 0 is greedy. `on_token(ids)`, for streaming, is called with each step's tokens, a list of those of
+    the rows still going. Raises ValueError for an empty prompt, or one that leaves no room in the context.
     """
     lengths = torch.tensor([len(p) for p in prompts])
     R, P, block = len(prompts), int(lengths.max()), model.config.block_size

@@ -27,7 +27,7 @@ DEFAULT_VOCAB = "data/notes/vocab.tiktoken"
 
 
 class Tokenizer:
-    """A tiktoken Encoding plus the five chat tokens: `user`, `assistant`, `system`, `end`, `pad`; `eot` ends a document."""
+    """A tiktoken Encoding plus the chat tokens `user`, `assistant`, `system`, `end`, `pad`; `eot` ends a document."""
 
     def __init__(self, ranks: dict[bytes, int]):
         self.ranks = ranks
@@ -55,7 +55,7 @@ class Tokenizer:
         return [self.eot, *ids, self.eot], [False] + [True] * (len(ids) + 1)
 
     def chat(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
-        """(ids, mask) of a conversation [{"role", "content"}, ...]: every assistant turn and its <|end|> is a target."""
+        """(ids, mask) of a conversation [{"role", "content"}, ...]: assistant turns with their <|end|> are targets."""
         ids, mask = [], []
         for message in messages:
             content = self.encode(message["content"])

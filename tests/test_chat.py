@@ -53,9 +53,8 @@ def test_the_pieces_of_a_streamed_answer_are_the_decoded_greedy_answer(tiny, tok
     config = chat.Config("", temperature=0, max_new_tokens=20)
     answer = chat.answer(model, tokenizer, messages, config, None, pieces.append)
     ids = generate(model, [tokenizer.prompt(messages)], 20, tokenizer.end, temperature=0).responses()[0]
-    assert answer == "".join(pieces) and len(pieces) == len(ids) > 1
-    # an answer may stop in the middle of its last character
-    assert answer.rstrip("\ufffd") == tokenizer.decode(ids).rstrip("\ufffd")
+    assert answer == "".join(pieces) == tokenizer.decode(ids)
+    assert len(pieces) in (len(ids), len(ids) + 1)  # an answer may stop in the middle of its last character
 
 
 def test_characters_that_span_tokens_are_written_whole(tiny, tokenizer, scripted):

@@ -304,7 +304,7 @@ def test_an_annotator_without_noise_always_prefers_the_better_answer(annotator):
 
 
 def test_every_held_out_pair_is_judged_by_each_annotator_and_a_training_pair_once(annotator):
-    (train, valid), (same, judged) = annotator(), annotator(annotators=3)
+    (train, valid), (same, judged) = annotator(temperature=99.0), annotator(temperature=99.0, annotators=3)
     assert same == train and len(judged) == 3 * len(valid)
     sides = [[{r["chosen"], r["rejected"]} for r in records] for records in (valid, judged)]
     assert sides[1] == 3 * sides[0]  # every pair once before any is judged again

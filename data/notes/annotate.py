@@ -21,7 +21,7 @@ from gold import score
 from nanopost.checkpoint import atomic, freeze, load_model
 from nanopost.config import UserError, cli
 from nanopost.data import load_prompts
-from nanopost.run import Options, Run
+from nanopost.run import find_device
 from nanopost.sampling import sample_text
 
 
@@ -58,8 +58,7 @@ def label(prompts, answers, temperature, rng):
 def main(config: Config):
     if config.temperature <= 0:
         raise UserError("--temperature must be above 0")
-    device = Run("annotate", Options(device=config.device, seed=config.seed)).device
-    policy, tokenizer = load_model(config.policy, device)
+    policy, tokenizer = load_model(config.policy, find_device(config.device))
     freeze(policy)
     room, rng = policy.config.block_size - config.max_new_tokens, random.Random(config.seed)
     os.makedirs(config.out, exist_ok=True)
@@ -80,8 +79,8 @@ def main(config: Config):
             f.writelines(json.dumps(record) + "\n" for record in records)
         ceiling = sum(max(r["probability"], 1 - r["probability"]) for r in records) / len(records)
         print(f"{config.out}/{name}.jsonl: {len(records):,} judgements of {len(kept):,} pairs (dropped "
-              f"{len(both) - len(kept)} unfinished, empty or equal); no reward model can agree with more than {ceiling:.1%} "
-              "of such judgements")
+              f"{len(both) - len(kept)} unfinished, empty or equal); no reward model can agree with more than "
+              f"{ceiling:.1%} of such judgements")
 
 
 if __name__ == "__main__":
