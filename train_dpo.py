@@ -86,11 +86,9 @@ def batch_loss(policy, pairs, reference, beta, label_smoothing, device):
 @torch.no_grad()
 def evaluate(policy, pairs, reference, config, device, batch_size=64):
     """The means over all held-out pairs of what batch_loss reports."""
-    policy.eval()
     beta, smoothing = config.beta, config.label_smoothing
     parts = [batch_loss(policy, [pairs[i] for i in rows], reference[rows], beta, smoothing, device)[1]
              for rows in split(list(range(len(pairs))), batch_size)]
-    policy.train()
     return {name: torch.cat([part[name] for part in parts]).mean() for name in parts[0]}
 
 
@@ -108,11 +106,9 @@ def main(config: Config):
     total = config.steps or round(config.epochs * -(-len(pairs) // config.batch_size))
 
     # the reference is the policy before its first step: its log-probabilities are constants of the data
-    policy.eval()
     with run.autocast():
         reference = reference_logprobs(policy, pairs, run.device)
         valid_reference = reference_logprobs(policy, valid, run.device)
-    policy.train()
 
     optimizer = adamw(policy.parameters(), config.lr)
 
@@ -132,8 +128,7 @@ def main(config: Config):
     if run.start == 0:
         report(0)
     for step in run.steps():
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * schedule(step, total, round(config.warmup * total))
+        lr = run.set_lr(optimizer, config.lr * schedule(step, total, round(config.warmup * total)))
         rows = next(order)
         stats = []
         for part in split(rows, config.micro_batch):
@@ -146,7 +141,7 @@ def main(config: Config):
 
         if run.due(step, config.log_every):
             means = {name: torch.cat([stat[name] for stat in stats]).mean() for name in stats[0]}
-            run.log(step + 1, {**means, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"]})
+            run.log(step + 1, {**means, "grad_norm": grad_norm, "lr": lr})
         if run.due(step, config.eval_every):
             report(step + 1)
     run.finish()

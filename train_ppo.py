@@ -196,25 +196,19 @@ def main(config: Config):
 
     # the policy, its values, the reference it must stay near, and what judges the answers
     policy, tokenizer = load_model(config.init, run.device)
-    policy.eval()  # no dropout: the updates must see the log-probabilities that were sampled with
     reference = freeze(copy.deepcopy(policy))
     critic = None
     if config.critic:
         critic, other = load_model(config.critic, run.device, reward=True)
         same_vocabulary(tokenizer, other, config.init, config.critic)
-        critic.eval()
     else:
         policy.add_head(std=0.0)  # values begin at 0 and do not disturb the trunk
     models = policy, critic, reference, load_reward(config.reward, tokenizer, config.init, run.device)
-
     room = policy.config.block_size - config.max_new_tokens
     prompts, prompt_ids = load_prompts(config.prompts, tokenizer, room)
-    valid, valid_ids = load_prompts(config.valid, tokenizer, room) if config.valid else ([], [])
-    valid, valid_ids = valid[: config.eval_prompts], valid_ids[: config.eval_prompts]
-    stream = chain.from_iterable(batches([len(ids) for ids in prompt_ids], config.batch_size, config.seed, window=1))
+    valid, valid_ids = load_prompts(config.valid, tokenizer, room, config.eval_prompts) if config.valid else ([], [])
     if not 1 <= config.minibatches <= config.batch_size:
         raise UserError(f"--minibatches must be between 1 and the batch size of {config.batch_size}")
-
     trained = {"model": policy} if critic is None else {"model": policy, "critic": critic}
     optimizer = adamw([p for model in trained.values() for p in model.parameters()], config.lr, eps=1e-5)
 
@@ -232,21 +226,20 @@ def main(config: Config):
     if not run.begin(trained, optimizer, tokenizer, config.steps):
         return
     run.extra.setdefault("beta", config.beta)
-    stream = islice(stream, run.start * config.batch_size, None)
+    order = chain.from_iterable(batches([len(ids) for ids in prompt_ids], config.batch_size, config.seed, window=1))
+    order = islice(order, run.start * config.batch_size, None)  # prompt after prompt, so that every batch is full
     if run.start == 0:
         report(0)
     for step in run.steps():
-        beta, rows = run.extra["beta"], list(islice(stream, config.batch_size))
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * schedule(step, config.steps, config.warmup)
+        beta, rows = run.extra["beta"], list(islice(order, config.batch_size))
+        lr = run.set_lr(optimizer, config.lr * schedule(step, config.steps, config.warmup))
         with run.autocast():
             batch = rollout(*models, [prompts[i] for i in rows], [prompt_ids[i] for i in rows], tokenizer, config, beta)
         history = update(run, policy, critic, optimizer, batch, config)
         if config.kl_target:
             run.extra["beta"] = adapt(beta, batch["kl"].mean().item(), config.kl_target, len(rows), config.kl_horizon)
-
         if run.due(step, config.log_every):
-            run.log(step + 1, {**statistics(batch, history, beta), "lr": optimizer.param_groups[0]["lr"]})
+            run.log(step + 1, {**statistics(batch, history, beta), "lr": lr})
         if run.due(step, config.eval_every):
             report(step + 1)
     policy.drop_head()  # the finished policy is a language model

@@ -62,9 +62,7 @@ def score_pairs(model, pairs, device):
 def evaluate(model, pairs, device, batch_size=64):
     """Held-out loss, accuracy (chosen scores higher) and margin (mean difference) over all pairs."""
     pairs = sorted(pairs, key=lambda pair: max(len(side.ids) for side in pair))
-    model.eval()
     sides = [score_pairs(model, part, device) for part in split(pairs, batch_size)]
-    model.train()
     chosen, rejected = (torch.cat(side) for side in zip(*sides))  # (P,), (P,)
     return {"loss": pairwise_loss(chosen, rejected), "accuracy": (chosen > rejected).float().mean(),
             "margin": (chosen - rejected).mean()}
@@ -76,7 +74,6 @@ def normalise(model, samples):
 
     r' = (r - mean) / std is again a linear head: weight / std, (bias - mean) / std. Returns the old mean and std.
     """
-    model.eval()
     scores = score_samples(model, samples)  # (N,)
     if len(scores) < 2 or (scores == scores[0]).all():
         raise UserError(f"--normalise needs answers with different rewards, it has {len(scores)}; lower "
@@ -116,13 +113,11 @@ def main(config: Config):
     # loop
     if not run.begin({"model": model}, optimizer, tokenizer, total):
         return
-    model.train()
     order = islice(batches(lengths, config.batch_size, config.seed), run.start, None)
     if run.start == 0:
         report(0)
     for step in run.steps():
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * schedule(step, total, round(config.warmup * total))
+        lr = run.set_lr(optimizer, config.lr * schedule(step, total, round(config.warmup * total)))
         rows = next(order)
         loss, accuracy, margin = 0.0, 0.0, 0.0
         for part in split([pairs[i] for i in rows], config.micro_batch):
@@ -138,7 +133,7 @@ def main(config: Config):
 
         if run.due(step, config.log_every):
             run.log(step + 1, {"loss": loss, "accuracy": accuracy, "margin": margin, "grad_norm": grad_norm,
-                               "lr": optimizer.param_groups[0]["lr"]})
+                               "lr": lr})
         if run.due(step, config.eval_every):
             report(step + 1)
 

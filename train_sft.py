@@ -122,8 +122,7 @@ def main(config: Config):
     if run.start == 0:
         report(0)
     for step in run.steps():
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * schedule(step, total, round(config.warmup * total))
+        lr = run.set_lr(optimizer, config.lr * schedule(step, total, round(config.warmup * total)))
         micros = [collate([examples[i] for i in rows], run.device) for rows in split(next(order), config.micro_batch)]
         count = sum(micro.targets for micro in micros)  # one denominator for the whole step
         loss = 0.0
@@ -135,7 +134,7 @@ def main(config: Config):
         grad_norm = run.update(optimizer, config.grad_clip)
 
         if run.due(step, config.log_every):
-            run.log(step + 1, {"loss": loss, "grad_norm": grad_norm, "lr": optimizer.param_groups[0]["lr"]})
+            run.log(step + 1, {"loss": loss, "grad_norm": grad_norm, "lr": lr})
         if run.due(step, config.eval_every):
             report(step + 1)
 

@@ -48,6 +48,8 @@ def save_model(folder: str, model: GPT, tokenizer: Tokenizer, info: dict):
 def load_model(folder: str, device="cpu", reward: bool = False) -> tuple[GPT, Tokenizer]:
     """The model and the tokenizer of a finished run; `reward` says which kind is wanted: a reward or a language model.
 
+    Dropout is off (eval mode): with it, two log-probabilities of the same answer would not be comparable.
+
     Raises UserError if the folder is missing, unfinished, of the other kind, or if its parts do not fit together.
     """
     if not os.path.isdir(folder):
@@ -66,7 +68,7 @@ def load_model(folder: str, device="cpu", reward: bool = False) -> tuple[GPT, To
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"{folder}: the vocabulary has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     model.load_state_dict(load_tensors(os.path.join(folder, "model.pt"), model))
-    return model.to(device), tokenizer
+    return model.to(device).eval(), tokenizer
 
 
 def load_file(path: str):

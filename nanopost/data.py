@@ -136,10 +136,12 @@ def load_pairs(path: str, tokenizer, block_size: int | None = None) -> list[tupl
     return pairs
 
 
-def load_prompts(path: str, tokenizer, longest: int) -> tuple[list, list[list[int]]]:
-    """(prompts as they stand in the file, their token ids). `longest` is the room for a prompt, in tokens."""
+def load_prompts(path: str, tokenizer, longest: int, limit: int | None = None) -> tuple[list, list[list[int]]]:
+    """(prompts as they stand in the file, their token ids), at most `limit`. `longest` is the room for one in tokens."""
     prompts, ids, dropped = [], [], {}
     for where, record in read_records(path):
+        if limit is not None and len(prompts) == limit:
+            break
         require(where, record, "prompt")
         prompt = tokenizer.prompt(conversation(where, record, "prompt", "user"))
         if len(prompt) > longest:

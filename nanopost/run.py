@@ -107,6 +107,11 @@ class Run:
         """Compute in bf16 or fp16 where that is set; weights, optimizer and log-probabilities stay fp32."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
+    def set_lr(self, optimizer, lr: float) -> float:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
     def backward(self, loss: torch.Tensor):
         self.scaler.scale(loss).backward()
 
