@@ -36,7 +36,7 @@ class Config(Options):
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
     batch_size: int = 32  # pairs a step
     micro_batch: int = 0  # pairs a forward pass; 0: the whole batch at once
-    lr: float = 2e-4  # peak learning rate; 5e-6 suits GPT-2 124M
+    lr: float = 1e-4  # peak learning rate; 5e-6 suits GPT-2 124M
     warmup: float = 0.1  # share of the steps with rising learning rate; then linear decay to 0
     grad_clip: float = 1.0  # largest norm of the gradient; 0: none
     max_new_tokens: int = 80  # longest answer of the samples shown

@@ -40,7 +40,7 @@ class Config(Options):
     prompts: str = "data/notes/prompts_train.jsonl"  # prompts to train on
     valid: str = "data/notes/prompts_eval.jsonl"  # held-out prompts; empty: none
     out: str = "out/ppo"  # folder to write; an earlier run there is replaced
-    steps: int = 40  # iterations: a batch of answers and the updates on it
+    steps: int = 50  # iterations: a batch of answers and the updates on it
     batch_size: int = 128  # answers an iteration
     epochs: int = 2  # passes over the answers of an iteration
     minibatches: int = 2  # optimizer steps a pass
