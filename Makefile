@@ -13,7 +13,7 @@ test: .venv/installed
 
 hacking: .venv/installed
 	$(VENV) train_ppo.py --init out/sft --reward out/rm --beta 0 --out out/ppo-beta0
-	$(VENV) -m nanopost.evaluate out/sft out/ppo out/ppo-beta0 --reference out/sft --reward out/rm --gold data/notes/gold.py:score
+	$(VENV) -m nanopost.evaluate out/sft out/ppo out/ppo-beta0 --reference out/sft --reward out/rm --gold data/notes/gold.py:score --json out/hacking.json
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -73,21 +73,23 @@ def reference_logprobs(model, pairs, device, batch_size=64):
     return out
 
 
-def batch_loss(policy, pairs, reference, beta, label_smoothing, device):
-    """Losses (B,) of B pairs and the statistics to log, (B,) each. reference (B, 2): what reference_logprobs said."""
+def batch_loss(policy, pairs, ref_logprobs, beta, label_smoothing, device):
+    """Losses (B,) of B pairs and the statistics to log, (B,) each. ref_logprobs (B, 2): from reference_logprobs."""
     chosen, rejected = pair_logprobs(policy, pairs, device)
-    ref_chosen, ref_rejected = reference.to(device).unbind(1)
-    losses, good, bad = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing)
-    return losses, {"loss": losses.detach(), "rewards/chosen": good, "rewards/rejected": bad,
-                    "rewards/margins": good - bad, "rewards/accuracies": (good > bad).float(),
+    ref_chosen, ref_rejected = ref_logprobs.to(device).unbind(1)
+    losses, *rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing)
+    chosen_rewards, rejected_rewards = rewards
+    return losses, {"loss": losses.detach(), "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,
+                    "rewards/margins": chosen_rewards - rejected_rewards,
+                    "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
                     "logps/chosen": chosen.detach(), "logps/rejected": rejected.detach()}
 
 
 @torch.no_grad()
-def evaluate(policy, pairs, reference, config, device, batch_size=64):
+def evaluate(policy, pairs, ref_logprobs, config, device, batch_size=64):
     """The means over all held-out pairs of what batch_loss reports."""
     beta, smoothing = config.beta, config.label_smoothing
-    parts = [batch_loss(policy, [pairs[i] for i in rows], reference[rows], beta, smoothing, device)[1]
+    parts = [batch_loss(policy, [pairs[i] for i in rows], ref_logprobs[rows], beta, smoothing, device)[1]
              for rows in split(list(range(len(pairs))), batch_size)]
     return {name: torch.cat([part[name] for part in parts]).mean() for name in parts[0]}
 
@@ -107,15 +109,15 @@ def main(config: Config):
 
     # the reference is the policy before its first step: its log-probabilities are constants of the data
     with run.autocast():
-        reference = reference_logprobs(policy, pairs, run.device)
-        valid_reference = reference_logprobs(policy, valid, run.device)
+        ref_logprobs = reference_logprobs(policy, pairs, run.device)
+        valid_ref_logprobs = reference_logprobs(policy, valid, run.device)
 
     optimizer = adamw(policy.parameters(), config.lr)
 
     def report(step):
         if valid:
             with run.autocast():
-                means = evaluate(policy, valid, valid_reference, config, run.device)
+                means = evaluate(policy, valid, valid_ref_logprobs, config, run.device)
             run.log(step, {f"eval/{name}": value for name, value in means.items()})
             run.print(f"step {step}: held-out loss {means['loss']:.3f}, accuracy {means['rewards/accuracies']:.1%}, "
                       f"implicit rewards {means['rewards/chosen']:+.2f} / {means['rewards/rejected']:+.2f}")
@@ -133,7 +135,7 @@ def main(config: Config):
         stats = []
         for part in split(rows, config.micro_batch):
             with run.autocast():
-                losses, stat = batch_loss(policy, [pairs[i] for i in part], reference[part], config.beta,
+                losses, stat = batch_loss(policy, [pairs[i] for i in part], ref_logprobs[part], config.beta,
                                           config.label_smoothing, run.device)
             run.backward(losses.sum() / len(rows))  # one denominator: the pairs of the whole step
             stats.append(stat)

@@ -24,10 +24,10 @@ from itertools import chain, islice
 
 import torch
 
-from nanopost.checkpoint import freeze, load_model, same_vocabulary
+from nanopost.checkpoint import freeze, load_model
 from nanopost.config import UserError, cli
 from nanopost.data import batches, load_prompts, split
-from nanopost.reward import load_reward
+from nanopost.reward import load_reward, load_reward_model
 from nanopost.run import Options, Run, adamw, schedule
 from nanopost.sampling import generate, show_answers
 
@@ -40,6 +40,7 @@ class Config(Options):
     prompts: str = "data/notes/prompts_train.jsonl"  # prompts to train on
     valid: str = "data/notes/prompts_eval.jsonl"  # held-out prompts; empty: none
     out: str = "out/ppo"  # folder to write; an earlier run there is replaced
+    save_every: int = 10  # iterations between two checkpoints
     steps: int = 50  # iterations: a batch of answers and the updates on it
     batch_size: int = 128  # answers an iteration
     epochs: int = 2  # passes over the answers of an iteration
@@ -113,10 +114,10 @@ def value_loss(values, old_values, returns, mask, clip=0.2, count=None):
 
 @torch.no_grad()
 def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, config, beta, generator=None):
-    """Samples an answer to each prompt and computes all that the updates need: a dict of tensors (B, T-1) and (B,).
+    """Samples an answer to each prompt and computes all that the updates need; score(prompts, samples) -> (B,).
 
-    score(prompts, samples) -> (B,). Log-probabilities and values (critic None: of the shared trunk) are those of the
-    sampling pass, which the first minibatch must find again: its ratio is 1.
+    Returns a dict: ids (B, T); lengths, scores, kl, entropy, ended (B,); the rest (B, T-1). Log-probabilities and
+    values (critic None: of the shared trunk) are those of the sampling pass; the first minibatch finds them again.
     """
     samples = generate(policy, prompt_ids, config.max_new_tokens, tokenizer.end, temperature=config.temperature,
                        generator=generator, pad=tokenizer.pad)
@@ -127,29 +128,31 @@ def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, co
     scores = torch.where(samples.ended, score(prompts, samples).to(old), config.missing_end_score)  # (B,)
     rewards = token_rewards(scores, old, ref, mask, beta)
     advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-    return {"ids": ids, "mask": mask, "lengths": samples.lengths, "logprobs": old, "values": values, "returns": returns,
-            "raw_advantages": advantages, "advantages": whiten(advantages, mask), "scores": scores,
-            "kl": (old - ref).masked_fill(~mask, 0.0).sum(1), "entropy": -old.sum(1), "ended": samples.ended}
+    return {"ids": ids, "mask": mask, "lengths": samples.lengths, "old_logprobs": old, "old_values": values,
+            "returns": returns, "raw_advantages": advantages, "advantages": whiten(advantages, mask), "scores": scores,
+            "kl": (old - ref).masked_fill(~mask, 0.0).sum(1), "entropy": -old.sum(1), "ended": samples.ended,
+            "distinct": torch.tensor(len({tuple(answer) for answer in samples.responses()}) / len(ids))}
 
 
 def minibatch_loss(policy, critic, batch, rows, count, config):
     """The loss of some rows of a rollout, and its statistics as sums over tokens / count, so that parts add up."""
     T = int(batch["lengths"][rows].max())  # padding beyond the longest of these rows is cut off
-    part = {name: batch[name][rows][:, : T - 1] for name in ("mask", "logprobs", "values", "returns", "advantages")}
-    mask, ids = part["mask"], batch["ids"][rows][:, :T]
-    index = mask.flatten().nonzero()[:, 0]
+    names = "mask", "old_logprobs", "old_values", "returns", "advantages"
+    mask, old_logprobs, old_values, returns, advantages = (batch[name][rows][:, : T - 1] for name in names)
+    ids, index = batch["ids"][rows][:, :T], mask.flatten().nonzero()[:, 0]
     hidden = policy(ids)  # (B, T, C)
     logprobs = policy.logprobs(hidden, ids, index, config.temperature)  # (B, T-1)
     values = (policy.scalar(hidden) if critic is None else critic.scalar(critic(ids)))[:, :-1]  # (B, T-1)
-    pg = policy_loss(logprobs, part["logprobs"], part["advantages"], mask, config.clip, count)
-    vf = value_loss(values, part["values"], part["returns"], mask, config.value_clip, count)
-    with torch.no_grad():  # health: all exactly 0, and the ratio 1, on the first minibatch
-        log_ratio = (logprobs - part["logprobs"])[mask]  # (N,)
-        ratio, advantages = log_ratio.exp(), part["advantages"][mask]
-        binds = -advantages * ratio < -advantages * ratio.clamp(1 - config.clip, 1 + config.clip)
-        moved = (values - part["values"])[mask].abs() > config.value_clip
-        sums = {"policy/approxkl": 0.5 * log_ratio**2, "policy/approxkl_k3": ratio - 1 - log_ratio,
-                "policy/clipfrac": binds, "val/clipfrac": moved, "val/ratio": ratio, "val/ratio_var": (ratio - 1) ** 2}
+    pg = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip, count)
+    vf = value_loss(values, old_values, returns, mask, config.value_clip, count)
+    with torch.no_grad():  # health: up to rounding all 0, and the ratio 1, on the first minibatch
+        log_ratio = (logprobs - old_logprobs)[mask]  # (N,)
+        ratio, adv = log_ratio.exp(), advantages[mask]
+        binds = -adv * ratio < -adv * ratio.clamp(1 - config.clip, 1 + config.clip)
+        clipped = old_values + (values - old_values).clamp(-config.value_clip, config.value_clip)
+        value_binds = ((values - returns) ** 2 < (clipped - returns) ** 2)[mask]
+        sums = {"policy/approxkl": 0.5 * log_ratio**2, "policy/approxkl_k3": ratio - 1 - log_ratio, "val/ratio": ratio,
+                "policy/clipfrac": binds, "val/clipfrac": value_binds, "val/ratio_var": (ratio - 1) ** 2}
         stats = {name: x.float().sum() / count for name, x in sums.items()}
     return pg + config.value_coef * vf, {"loss/policy": pg.detach(), "loss/value": vf.detach(), **stats}
 
@@ -167,6 +170,7 @@ def update(run, policy, critic, optimizer, batch, config):
                     loss, stats = minibatch_loss(policy, critic, batch, part, count, config)
                 run.backward(loss)
                 total = {name: value + total.get(name, 0.0) for name, value in stats.items()}
+            total["val/ratio_var"] -= (total["val/ratio"] - 1) ** 2  # so far it was the mean of (ratio - 1)^2
             history.append(total | {"grad_norm": run.update(optimizer, config.grad_clip)})
     return history
 
@@ -174,16 +178,15 @@ def update(run, policy, critic, optimizer, batch, config):
 def statistics(batch, history, beta):
     """What to watch: per-token means are over response tokens only, KL and entropy are in nats per answer."""
     mask, kl, scores = batch["mask"], batch["kl"].mean(), batch["scores"].mean()
-    returns, errors = batch["returns"][mask], (batch["returns"] - batch["values"])[mask]
+    returns, errors = batch["returns"][mask], (batch["returns"] - batch["old_values"])[mask]
     means = {name: sum(h[name] for h in history) / len(history) for name in history[0]}  # over the updates
     return {**means, "val/first_approxkl": history[0]["policy/approxkl"], "val/first_ratio": history[0]["val/ratio"],
             "objective/scores": scores, "objective/kl": kl, "objective/entropy": batch["entropy"].mean(),
             "objective/non_score_reward": -beta * kl, "objective/rlhf_reward": scores - beta * kl, "beta": beta,
             "val/explained_variance": 1 - errors.var(correction=0) / returns.var(correction=0),
             "returns/mean": returns.mean(), "returns/var": returns.var(correction=0),
-            "advantages/mean": batch["raw_advantages"][mask].mean(),
-            "response/length": mask.sum(1).float().mean(), "response/ended": batch["ended"].float().mean(),
-            "response/distinct": len({tuple(row) for row in batch["ids"].tolist()}) / len(mask)}
+            "advantages/mean": batch["raw_advantages"][mask].mean(), "response/length": mask.sum(1).float().mean(),
+            "response/ended": batch["ended"].float().mean(), "response/distinct": batch["distinct"]}
 
 
 def adapt(beta, kl, target, answers, horizon):
@@ -196,28 +199,26 @@ def main(config: Config):
 
     # the policy, its values, the reference it must stay near, and what judges the answers
     policy, tokenizer = load_model(config.init, run.device)
-    reference = freeze(copy.deepcopy(policy))
+    reference, block_size = freeze(copy.deepcopy(policy)), policy.config.block_size
     critic = None
     if config.critic:
-        critic, other = load_model(config.critic, run.device, reward=True)
-        same_vocabulary(tokenizer, other, config.init, config.critic)
+        critic = load_reward_model(config.critic, tokenizer, config.init, block_size, run.device).requires_grad_(True)
     else:
         policy.add_head(std=0.0)  # values begin at 0 and do not disturb the trunk
-    models = policy, critic, reference, load_reward(config.reward, tokenizer, config.init, run.device)
-    room = policy.config.block_size - config.max_new_tokens
+    score = load_reward(config.reward, tokenizer, config.init, block_size, run.device)
+    room = block_size - config.max_new_tokens
     prompts, prompt_ids = load_prompts(config.prompts, tokenizer, room)
     valid, valid_ids = load_prompts(config.valid, tokenizer, room, config.eval_prompts) if config.valid else ([], [])
-    if not 1 <= config.minibatches <= config.batch_size:
-        raise UserError(f"--minibatches must be between 1 and the batch size of {config.batch_size}")
+    if config.minibatches > config.batch_size or min(config.epochs, config.kl_horizon) < 1 or config.temperature <= 0:
+        raise UserError("needed: --epochs, --kl-horizon >= 1, --temperature > 0 and --minibatches <= --batch-size")
     trained = {"model": policy} if critic is None else {"model": policy, "critic": critic}
     optimizer = adamw([p for model in trained.values() for p in model.parameters()], config.lr, eps=1e-5)
 
     def report(step):
-        if not valid:
-            return
         generator = torch.Generator(run.device).manual_seed(config.seed)  # looking must not change what comes next
         with run.autocast():
-            batch = rollout(*models, valid, valid_ids, tokenizer, config, run.extra["beta"], generator)
+            batch = rollout(policy, critic, reference, score, valid, valid_ids, tokenizer, config, run.extra["beta"],
+                            generator)
         means = {f"eval/{name}": batch[name].float().mean() for name in ("scores", "kl", "entropy", "ended")}
         run.log(step, means)
         run.print(f"step {step}, held-out: " + ", ".join(f"{name[5:]} {value:.2f}" for name, value in means.items()))
@@ -228,19 +229,20 @@ def main(config: Config):
     run.extra.setdefault("beta", config.beta)
     order = chain.from_iterable(batches([len(ids) for ids in prompt_ids], config.batch_size, config.seed, window=1))
     order = islice(order, run.start * config.batch_size, None)  # prompt after prompt, so that every batch is full
-    if run.start == 0:
+    if run.start == 0 and valid:
         report(0)
     for step in run.steps():
         beta, rows = run.extra["beta"], list(islice(order, config.batch_size))
         lr = run.set_lr(optimizer, config.lr * schedule(step, config.steps, config.warmup))
         with run.autocast():
-            batch = rollout(*models, [prompts[i] for i in rows], [prompt_ids[i] for i in rows], tokenizer, config, beta)
+            batch = rollout(policy, critic, reference, score, [prompts[i] for i in rows],
+                            [prompt_ids[i] for i in rows], tokenizer, config, beta)
         history = update(run, policy, critic, optimizer, batch, config)
         if config.kl_target:
             run.extra["beta"] = adapt(beta, batch["kl"].mean().item(), config.kl_target, len(rows), config.kl_horizon)
         if run.due(step, config.log_every):
             run.log(step + 1, {**statistics(batch, history, beta), "lr": lr})
-        if run.due(step, config.eval_every):
+        if run.due(step, config.eval_every) and valid:
             report(step + 1)
     policy.drop_head()  # the finished policy is a language model
     run.finish()

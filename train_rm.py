@@ -39,7 +39,7 @@ class Config(Options):
     micro_batch: int = 0  # pairs a forward pass; 0: the whole batch at once
     lr: float = 1e-3  # peak learning rate; 2e-5 suits GPT-2 124M
     warmup: float = 0.05  # share of the steps with rising learning rate; then linear decay to 0
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of the matrices
     grad_clip: float = 1.0  # largest norm of the gradient; 0: none
     normalise: int = 512  # answers of the initial model that get mean 0 and standard deviation 1; 0: off
     max_new_tokens: int = 80  # longest of those answers

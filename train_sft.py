@@ -36,9 +36,9 @@ class Config(Options):
     out: str = "out/sft"  # folder to write; an earlier run there is replaced
     vocab: str = DEFAULT_VOCAB  # from scratch: a file of ranks, or gpt2
     block_size: int = 128  # from scratch: the context, in tokens
-    n_layer: int = 2  # from scratch: the model's size
-    n_head: int = 4
-    n_embd: int = 128
+    n_layer: int = 2  # from scratch: the model's depth
+    n_head: int = 4  # from scratch: attention heads
+    n_embd: int = 128  # from scratch: the model's width
     dropout: float = 0.0  # from scratch
     epochs: float = 1.0  # passes over the data
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
@@ -46,7 +46,7 @@ class Config(Options):
     micro_batch: int = 0  # sequences a forward pass; 0: the whole batch at once
     lr: float = 3e-3  # peak learning rate; 3e-5 suits GPT-2 124M
     warmup: float = 0.03  # share of the steps with rising learning rate; then linear decay to 0
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of the matrices
     grad_clip: float = 1.0  # largest norm of the gradient; 0: none
     eval_every: int = 500  # steps between two held-out evaluations
 
@@ -64,8 +64,11 @@ def masked_cross_entropy(logits, targets, mask, count=None):
 
 
 def batch_loss(model, batch, count=None):
-    """The loss of one micro-batch: logits are made at its N targets only. `count` as in masked_cross_entropy."""
-    hidden = model(batch.ids)[:, :-1].flatten(0, 1)[batch.index]  # (B, T, C) -> (N, C)
+    """The loss of one micro-batch; `count` as in masked_cross_entropy.
+
+    The mask of prompts and padding is applied by batch.index (collate made it): logits exist at the N targets only.
+    """
+    hidden = model(batch.ids)[:, :-1].flatten(0, 1)[batch.index]  # (B, T, C) -> (B, T-1, C) -> (N, C)
     targets = batch.ids[:, 1:].flatten()[batch.index]  # (N,)
     return masked_cross_entropy(model.logits(hidden), targets, torch.ones_like(targets, dtype=torch.bool), count)
 
@@ -94,6 +97,9 @@ def main(config: Config):
             raise UserError(str(error)) from None
     else:
         model, tokenizer = load_model(config.init, run.device)
+        for name in ("vocab", "block_size", "n_layer", "n_head", "n_embd", "dropout"):
+            if getattr(config, name) != getattr(Config, name):
+                raise UserError(f"--{name.replace('_', '-')} is for --init scratch; {config.init} brings its own")
 
     # data
     block_size = model.config.block_size

@@ -25,7 +25,7 @@ class Config:
     temperature: float = 0.7  # lower is more predictable; 0 always takes the likeliest token; 1 is the model itself
     top_k: int = 0  # sample among so many tokens only; 0: all
     top_p: float = 1.0  # sample among the fewest tokens that have this probability together
-    seed: int = 0
+    seed: int = 0  # of the sampling
     device: str = "auto"  # auto, cpu, cuda, mps
 
 

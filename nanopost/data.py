@@ -68,8 +68,8 @@ def conversation(where: str, record: dict, key: str, role: str) -> list[dict]:
             raise UserError(f"{where}: {key} is empty; remove the record or give it an answer")
     if key == "prompt" and value[-1]["role"] != role:
         raise UserError(f"{where}: {key} must end with a turn of the {role}")
-    if key not in ("prompt", "messages") and value[0]["role"] != role:
-        raise UserError(f"{where}: {key} must begin with a turn of the {role}")
+    if key not in ("prompt", "messages") and not value[0]["role"] == value[-1]["role"] == role:
+        raise UserError(f"{where}: {key} must begin and end with a turn of the {role}")
     return value
 
 
@@ -137,7 +137,7 @@ def load_pairs(path: str, tokenizer, block_size: int | None = None) -> list[tupl
 
 
 def load_prompts(path: str, tokenizer, longest: int, limit: int | None = None) -> tuple[list, list[list[int]]]:
-    """(prompts as they stand in the file, their token ids), at most `limit`. `longest` is the room for one in tokens."""
+    """(prompts as they stand in the file, the token ids), at most `limit`. `longest` is the room for one, in tokens."""
     prompts, ids, dropped = [], [], {}
     for where, record in read_records(path):
         if limit is not None and len(prompts) == limit:

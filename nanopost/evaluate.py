@@ -23,7 +23,7 @@ import torch
 from nanopost.checkpoint import atomic, freeze, load_model, same_vocabulary
 from nanopost.config import UserError, cli
 from nanopost.data import Example, collate, load_pairs, load_prompts, read_records, split
-from nanopost.reward import call_reward, load_function, score_samples
+from nanopost.reward import call_reward, load_function, load_reward_model, score_samples
 from nanopost.run import find_device
 from nanopost.sampling import sample_text
 
@@ -42,7 +42,7 @@ class Config:
     samples: int = 2  # answers a prompt
     max_new_tokens: int = 80  # longest answer
     temperature: float = 1.0  # of the answers; KL and entropy mean what they say at 1
-    seed: int = 0
+    seed: int = 0  # of the sampling
     device: str = "auto"  # auto, cpu, cuda, mps
     json: str = ""  # file for the report; empty: only the table
     since: float = 0.0  # unix time at which the work to report on began, for its `seconds`; 0: this command's start
@@ -57,7 +57,7 @@ def sequence_logprobs(model, samples, batch_size=64):
     order, out = sorted(range(len(rows)), key=lambda i: len(rows[i].ids)), torch.zeros(len(rows), dtype=torch.float64)
     for part in split(order, batch_size):
         batch = collate([rows[i] for i in part], model.device)
-        out[part] = model.logprobs(model(batch.ids), batch.ids, batch.index).double().sum(1).cpu()
+        out[part] = model.logprobs(model(batch.ids), batch.ids, batch.index).cpu().double().sum(1)
     return out
 
 
@@ -83,10 +83,11 @@ def measure(samples, logprobs, reference_logprobs, rewards=None, gold=None, refe
     return {name: torch.as_tensor(values[name], dtype=torch.float64) for name in COLUMNS if name in values}
 
 
-def summary(values: dict[str, torch.Tensor]) -> dict:
-    """{name: mean, name_stderr: standard error of the mean}"""
+def summary(values: dict[str, torch.Tensor], samples: int = 1) -> dict:
+    """{name: mean, name_stderr: standard error}; the values are of all prompts, `samples` times over."""
     row = {}
     for name, x in values.items():
+        x = x.view(samples, -1).mean(0)  # answers to the same prompt are alike: one value a prompt
         row[name] = x.mean().item()
         row[f"{name}_stderr"] = (x.std() / len(x) ** 0.5).item() if len(x) > 1 else 0.0
     return row
@@ -132,15 +133,16 @@ def main(config: Config):
         model, other = load_model(folder, device)
         same_vocabulary(tokenizer, other, config.reference, folder)
         models.append(freeze(model))
+    block_size = min(model.config.block_size for model in (reference, *models))
     reward_model = None
     if config.reward:
-        reward_model, other = load_model(config.reward, device, reward=True)
-        same_vocabulary(tokenizer, other, config.reference, config.reward)
-        freeze(reward_model)
+        reward_model = load_reward_model(config.reward, tokenizer, config.reference, block_size, device)
     gold = load_function(config.gold) if config.gold else None
+    if config.json and not os.path.isdir(os.path.dirname(config.json) or "."):
+        raise UserError(f"--json: there is no folder {os.path.dirname(config.json)}")
     if config.samples < 1 or config.limit < 1:
         raise UserError("--samples and --limit must be at least 1")
-    prompts, ids = load_prompts(config.prompts, tokenizer, reference.config.block_size - config.max_new_tokens)
+    prompts, ids = load_prompts(config.prompts, tokenizer, block_size - config.max_new_tokens)
     accuracy = ceiling = None
     if config.reward and config.pairs:
         accuracy, ceiling = pair_accuracy(reward_model, tokenizer, config.pairs)
@@ -160,7 +162,7 @@ def main(config: Config):
         values = measure(samples, sequence_logprobs(model, samples), sequence_logprobs(reference, samples), rewards,
                          true_reward(samples), reference_gold)
         stage = os.path.basename(os.path.normpath(folder))
-        rows.append({"stage": stage, **summary(values)})
+        rows.append({"stage": stage, **summary(values, config.samples)})
         answers.append((stage, samples, values))
 
     for i in range(min(config.show, len(ids))):

@@ -26,6 +26,9 @@ class GPTConfig:
     scalar_head: bool = False  # one number a position: the value (PPO) or the reward (reward model)
 
     def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if not 0.0 <= self.dropout < 1.0:
@@ -149,7 +152,8 @@ class GPT(nn.Module):
             position, mask = torch.arange(T, device=device), None  # (T,)
         x = self.drop(self.wte(ids) + self.wpe(position))  # (B, T, C)
         for layer, block in enumerate(self.h):
-            x = block(x) if cache is None else block(x, cache.kv[layer], cache.pos, mask)
+            # decoding changes its shapes at every step: .forward goes past torch.compile, which is for training
+            x = block(x) if cache is None else block.forward(x, cache.kv[layer], cache.pos, mask)
         if cache is not None:
             cache.span = span
         if decoding:
@@ -161,8 +165,9 @@ class GPT(nn.Module):
         return F.linear(hidden, self.wte.weight)[..., : self.config.vocab_size]
 
     def scalar(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., C) -> (...) fp32: the value or the reward at each position."""
-        return self.head(hidden).squeeze(-1).float()
+        """hidden (..., C) -> (...): the value or the reward at each position, in fp32 even under autocast."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden.to(self.head.weight)).squeeze(-1)
 
     def score(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """ids (B, T), lengths (B,) -> (B,) fp32: the scalar head at each row's last real token, which saw the rest."""

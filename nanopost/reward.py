@@ -17,11 +17,20 @@ from nanopost.data import Example, collate
 from nanopost.model import GPT
 
 
-def load_reward(spec: str, tokenizer, owner: str, device):
+def load_reward_model(folder: str, tokenizer, owner: str, block_size: int, device) -> GPT:
+    """A reward model, frozen, for texts of a policy. UserError unless its vocabulary is that of `owner` (the folder
+    that `tokenizer` is from) and its context holds block_size tokens."""
+    model, other = load_model(folder, device, reward=True)
+    same_vocabulary(tokenizer, other, owner, folder)
+    if model.config.block_size < block_size:
+        raise UserError(f"{folder} reads {model.config.block_size} tokens, but {owner} may write {block_size}")
+    return freeze(model)
+
+
+def load_reward(spec: str, tokenizer, owner: str, block_size: int, device):
     """The reward as a function score(prompts, samples) -> (R,) of the Samples that generate() returns.
 
-    spec: the folder of a reward model, whose vocabulary must be that of `owner` (the folder that `tokenizer` is from),
-    or file.py:function.
+    spec: file.py:function, or the folder of a reward model; the rest is as for load_reward_model.
     """
     if ".py:" in spec:
         function = load_function(spec)
@@ -30,9 +39,7 @@ def load_reward(spec: str, tokenizer, owner: str, device):
             texts = [tokenizer.decode(ids) for ids in samples.responses()]
             return torch.tensor(call_reward(function, prompts, texts), device=device)
     else:
-        model, other = load_model(spec, device, reward=True)
-        same_vocabulary(tokenizer, other, owner, spec)
-        freeze(model)
+        model = load_reward_model(spec, tokenizer, owner, block_size, device)
 
         def score(prompts, samples):
             return model.score(samples.ids, samples.lengths)

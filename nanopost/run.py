@@ -30,7 +30,7 @@ class Options:
     seed: int = 0  # of the initialisation, the data order and the sampling
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # of the computation, weights stay fp32: fp32, bf16, fp16 or auto (the best on CUDA, else fp32)
-    compile: bool = torch.cuda.is_available()  # torch.compile the blocks
+    compile: bool = True  # torch.compile the blocks; on CUDA only
     log_every: int = 10  # steps between two lines of metrics.jsonl
     save_every: int = 200  # steps between two checkpoints
 
@@ -83,7 +83,7 @@ class Run:
         self.dtype = DTYPES[best if options.dtype == "auto" else options.dtype]
         positive = "log_every", "save_every", "eval_every", "batch_size", "minibatches", "max_new_tokens"
         smallest = dict.fromkeys(positive, 1)
-        for name, bound in (smallest | dict.fromkeys(("micro_batch", "lr", "weight_decay"), 0)).items():
+        for name, bound in (smallest | dict.fromkeys(("seed", "micro_batch", "lr", "weight_decay"), 0)).items():
             if getattr(options, name, bound) < bound:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {bound}")
         for name in ("init", "reward", "critic"):
@@ -94,6 +94,7 @@ class Run:
         torch.set_float32_matmul_precision("high")  # TF32 where there are tensor cores
         torch.manual_seed(options.seed)
         self.bar, self.started, self.start = None, time.time(), 0
+        self.fresh, self.lines = False, []  # a fresh run holds its first metrics back until `replace`
 
     def path(self, name: str) -> str:
         return os.path.join(self.options.out, name)
@@ -149,10 +150,8 @@ class Run:
         else:  # a fresh run: what an earlier one left here no longer counts
             if self.options.resume:
                 self.print(f"there is nothing to resume in {self.options.out}: starting from the beginning")
-            for name in ("state.pt", "config.json", "metrics.jsonl"):
-                if os.path.exists(self.path(name)):
-                    os.remove(self.path(name))
-        if self.options.compile:
+            self.fresh = True
+        if self.options.compile and self.device.type == "cuda":
             for model in modules.values():
                 for block in model.h:
                     block.compile()
@@ -167,10 +166,22 @@ class Run:
         self.bar = tqdm(total=total, initial=self.start, desc=self.method, disable=None, dynamic_ncols=True)
         for step in range(self.start, total):
             yield step
+            if self.fresh:
+                self.replace()
             self.bar.update()
             if (step + 1) % self.options.save_every == 0 and step + 1 < total:
                 self.checkpoint(step + 1)
         self.bar.close()
+
+    def replace(self):
+        """What an earlier run left in the folder goes when the new one has made its first step, not before: a mistake
+        that shows at once costs nothing."""
+        for name in ("state.pt", "config.json", "metrics.jsonl"):
+            if os.path.exists(self.path(name)):
+                os.remove(self.path(name))
+        self.fresh = False
+        with open(self.path("metrics.jsonl"), "a") as f:
+            f.writelines(self.lines)
 
     def due(self, step: int, every: int) -> bool:
         """Whether something that happens every so many steps happens after this one; the last step counts."""
@@ -183,13 +194,16 @@ class Run:
         """
         metrics = {name: float(value) for name, value in metrics.items()}
         for name, value in metrics.items():
-            if "loss" in name and not math.isfinite(value):
+            if ("loss" in name or name == "grad_norm" and not self.scaler.is_enabled()) and not math.isfinite(value):
                 raise UserError(f"{name} is {value} at step {step}: lower --lr, or look for a bad record in the data")
         line = {"step": step, "seconds": round(time.time() - self.started, 2)}
         for name, value in metrics.items():  # JSON has no NaN: null where a statistic is undefined
             line[name] = float(f"{value:.6g}") if math.isfinite(value) else None
-        with open(self.path("metrics.jsonl"), "a") as f:
-            f.write(json.dumps(line) + "\n")
+        if self.fresh:
+            self.lines.append(json.dumps(line) + "\n")
+        else:
+            with open(self.path("metrics.jsonl"), "a") as f:
+                f.write(json.dumps(line) + "\n")
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix({name.split("/")[-1]: f"{v:.3g}" for name, v in list(metrics.items())[:4]})
 
@@ -197,7 +211,8 @@ class Run:
 
     def arguments(self) -> dict:
         """The options that decide what a run computes."""
-        return {k: v for k, v in dataclasses.asdict(self.options).items() if k not in ("resume", "out", "log_every")}
+        others = "resume", "out", "compile", "log_every"
+        return {name: value for name, value in dataclasses.asdict(self.options).items() if name not in others}
 
     def checkpoint(self, step: int):
         """Everything that the rest of the run depends on, in one file: it is the old one or the new one, never half."""
@@ -205,7 +220,7 @@ class Run:
             "step": step, "arguments": self.arguments(), "extra": self.extra,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(),
+            "rng": torch.get_rng_state(), "seconds": time.time() - self.started,
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
         with atomic(self.path("state.pt"), "wb") as f:
@@ -225,6 +240,7 @@ class Run:
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.start, self.extra = state["step"], state["extra"]
+        self.started = time.time() - state["seconds"]
         if os.path.exists(self.path("metrics.jsonl")):  # drop the lines of steps that will be made again
             with open(self.path("metrics.jsonl")) as f:
                 lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= self.start]

@@ -80,7 +80,9 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
     values = torch.zeros(R, S - 1, device=device) if model.head is not None else None
     ended = torch.zeros(R, dtype=torch.bool, device=device)
 
-    cache = KVCache(model.config, R, S, device, model.wte.weight.dtype)
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.wte.weight.dtype
+    cache = KVCache(model.config, R, S, device, dtype)
     hidden = model(ids[:, :P], cache)  # (R, P, C)
     hidden = hidden[torch.arange(R, device=device), lengths - 1]  # (R, C): at the last token of each prompt
     cache.pos = lengths.clone()
@@ -132,7 +134,7 @@ def sample_text(model: GPT, tokenizer, prompts: list[list[int]], max_new_tokens:
         part = order[start : start + batch_size]
         samples = generate(model, [prompts[i] for i in part], max_new_tokens, tokenizer.end, temperature=temperature,
                            generator=generator, pad=tokenizer.pad)
-        totals = samples.logprobs.double().sum(1).tolist()
+        totals = samples.logprobs.cpu().double().sum(1).tolist()
         for i, ids, ended, logprob in zip(part, samples.responses(), samples.ended.tolist(), totals):
             out[i] = {"prompt_ids": prompts[i], "ids": ids + [tokenizer.end] * ended, "text": tokenizer.decode(ids),
                       "ended": ended, "logprob": logprob}

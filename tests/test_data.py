@@ -112,7 +112,7 @@ BROKEN = [
     ("sft", {"prompt": "x", "completion": ""}, "completion is empty"),
     ("sft", {"prompt": "x", "completion": " \n"}, "completion is empty"),
     ("sft", {"prompt": "x", "completion": 4}, "must be a string or a list"),
-    ("sft", {"prompt": "x", "completion": turns("b", "c")}, "must begin with a turn of the assistant"),
+    ("sft", {"prompt": "x", "completion": turns("b", "c")}, "must begin and end with a turn of the assistant"),
     ("sft", {"prompt": turns("a", "b"), "completion": "c"}, "must end with a turn of the user"),
     ("sft", {"messages": []}, "must be a string or a list"),
     ("sft", {"messages": turns("a", "")}, "messages is empty"),
@@ -123,7 +123,7 @@ BROKEN = [
     ("pairs", {"chosen": "a", "rejected": "b"}, "prompt is missing"),
     ("pairs", {"prompt": "x", "chosen": "", "rejected": "b"}, "chosen is empty"),
     ("pairs", {"prompt": "x", "chosen": "a", "rejected": "  "}, "rejected is empty"),
-    ("pairs", {"prompt": "x", "chosen": "a", "rejected": turns("b")}, "must begin with a turn of the assistant"),
+    ("pairs", {"prompt": "x", "chosen": "a", "rejected": turns("b")}, "must begin and end with a turn of the assistant"),
 ]
 
 

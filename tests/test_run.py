@@ -264,6 +264,7 @@ def run(tmp_path, tiny, tokenizer):
     run = Run("test", Options(out=str(tmp_path / "out"), device="cpu", compile=False, log_every=2, save_every=3))
     model = tiny(tokenizer.vocab_size)
     run.begin({"model": model}, adamw(model.parameters(), 0.1), tokenizer, 8)
+    run.replace()
     return run
 
 
@@ -320,6 +321,20 @@ def test_an_update_clips_the_norm_of_the_gradient_and_returns_the_norm_before(ru
 def test_no_steps_are_an_error_that_names_the_options(run, tokenizer):
     with pytest.raises(UserError, match="--steps"):
         run.begin(run.modules, run.optimizer, tokenizer, 0)
+
+
+def test_a_mistake_that_shows_in_the_first_step_leaves_an_earlier_run_whole(workshop, tmp_path):
+    workshop.run("ppo", tmp_path / "out", steps=2)
+    earlier = contents(tmp_path / "out")
+    (tmp_path / "bad.py").write_text("def reward(prompts, completions):\n    return [1.0]\n")
+    with pytest.raises(UserError, match="one finite number"):
+        workshop.run("ppo", tmp_path / "out", steps=2, reward=f"{tmp_path / 'bad.py'}:reward")
+    assert contents(tmp_path / "out") == earlier
+
+
+def test_a_run_may_not_overwrite_what_it_starts_from(workshop):
+    with pytest.raises(UserError, match="--out and --init"):
+        workshop.run("dpo", workshop.path("sft"), init=workshop.path("sft"))
 
 
 def test_a_fresh_run_forgets_what_an_earlier_one_left(workshop, tmp_path, metrics):

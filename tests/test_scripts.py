@@ -598,7 +598,7 @@ def test_ppo_never_touches_the_reference_while_the_policy_moves(workshop, tmp_pa
 
 def test_ppo_first_values_are_0_and_the_trunk_is_the_sft_models(workshop, tmp_path, watched):
     workshop.run("ppo", tmp_path / "out", steps=1, lr=0.0)
-    assert (watched.rollouts[0]["values"] == 0).all()
+    assert (watched.rollouts[0]["old_values"] == 0).all()
 
 
 def test_ppo_advantages_come_from_the_score_the_kl_and_the_values(workshop, tmp_path, watched):
@@ -608,12 +608,12 @@ def test_ppo_advantages_come_from_the_score_the_kl_and_the_values(workshop, tmp_
     index = mask.flatten().nonzero()[:, 0]
     with torch.no_grad():
         ref = batch["reference"].logprobs(batch["reference"](ids), ids, index)
-    torch.testing.assert_close(batch["kl"], (batch["logprobs"] - ref).sum(1), rtol=1e-3, atol=1e-4)
-    rewards = -0.3 * (batch["logprobs"] - ref)
+    torch.testing.assert_close(batch["kl"], (batch["old_logprobs"] - ref).sum(1), rtol=1e-3, atol=1e-4)
+    rewards = -0.3 * (batch["old_logprobs"] - ref)
     for row in range(len(ids)):
         rewards[row, mask[row].nonzero()[-1, 0]] += batch["scores"][row]
-    advantages = gae_by_double_sum(rewards, batch["values"], mask, 1.0, 0.9)
-    torch.testing.assert_close(batch["returns"], (advantages + batch["values"]) * mask, rtol=1e-3, atol=1e-3)
+    advantages = gae_by_double_sum(rewards, batch["old_values"], mask, 1.0, 0.9)
+    torch.testing.assert_close(batch["returns"], (advantages + batch["old_values"]) * mask, rtol=1e-3, atol=1e-3)
     expected = (advantages - advantages[mask].mean()) / advantages[mask].std(correction=0) * mask
     torch.testing.assert_close(batch["advantages"], expected, rtol=1e-3, atol=1e-3)
 
@@ -655,7 +655,7 @@ def test_ppo_hands_a_python_reward_the_prompts_as_they_stand_and_the_answers_as_
 def test_ppo_with_a_separate_critic_takes_its_values_and_trains_both(workshop, tmp_path, watched, metrics):
     out = workshop.run("ppo", tmp_path / "out", critic=workshop.path("rm"))
     for batch in watched.rollouts:
-        torch.testing.assert_close(batch["values"], batch["critic_values"] * batch["mask"])
+        torch.testing.assert_close(batch["old_values"], batch["critic_values"] * batch["mask"])
     assert not torch.equal(watched.rollouts[0]["critic_values"][0, :3], watched.rollouts[-1]["critic_values"][0, :3])
     model = load_model(str(out))[0]  # a language model without a head
     assert not torch.equal(model.wte.weight, load_model(workshop.path("sft"))[0].wte.weight)
@@ -697,8 +697,8 @@ def test_ppo_minibatch_loss_is_the_policy_loss_plus_the_weighted_value_loss(work
         loss, _ = train_ppo.minibatch_loss(policy, None, batch, rows, count, config)
         hidden, index = policy(batch["ids"]), batch["mask"].flatten().nonzero()[:, 0]
         logprobs, values = policy.logprobs(hidden, batch["ids"], index), policy.scalar(hidden)[:, :-1]
-        expected = (policy_loss(logprobs, batch["logprobs"], batch["advantages"], batch["mask"])
-                    + 0.3 * value_loss(values, batch["values"], batch["returns"], batch["mask"]))
+        expected = (policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], batch["mask"])
+                    + 0.3 * value_loss(values, batch["old_values"], batch["returns"], batch["mask"]))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 

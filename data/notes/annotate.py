@@ -36,7 +36,7 @@ class Config:
     annotators: int = 8  # judgements of each held-out pair: a steadier measure for no more sampling
     temperature: float = 3.0  # of the annotator, in points of the gold reward: higher is noisier
     max_new_tokens: int = 80  # longest answer
-    seed: int = 0
+    seed: int = 0  # of the sampling and of the judgements
     device: str = "auto"  # auto, cpu, cuda, mps
 
 
