@@ -196,7 +196,6 @@ def adapt(beta, kl, target, answers, horizon):
 
 def main(config: Config):
     run = Run("ppo", config)
-
     # the policy, its values, the reference it must stay near, and what judges the answers
     policy, tokenizer = load_model(config.init, run.device)
     reference, block_size = freeze(copy.deepcopy(policy)), policy.config.block_size
@@ -224,9 +223,8 @@ def main(config: Config):
         run.print(f"step {step}, held-out: " + ", ".join(f"{name[5:]} {value:.2f}" for name, value in means.items()))
         run.print(show_answers(policy, tokenizer, valid_ids[:3], config.max_new_tokens))
 
-    if not run.begin(trained, optimizer, tokenizer, config.steps):
+    if not run.begin(trained, optimizer, tokenizer, config.steps, beta=config.beta):
         return
-    run.extra.setdefault("beta", config.beta)
     order = chain.from_iterable(batches([len(ids) for ids in prompt_ids], config.batch_size, config.seed, window=1))
     order = islice(order, run.start * config.batch_size, None)  # prompt after prompt, so that every batch is full
     if run.start == 0 and valid:

@@ -128,18 +128,17 @@ class Run:
 
     # -- the loop
 
-    def begin(self, modules: dict, optimizer, tokenizer: Tokenizer, total: int) -> bool:
+    def begin(self, modules: dict, optimizer, tokenizer: Tokenizer, total: int, **extra) -> bool:
         """Call when all inputs are loaded: makes the folder, or with --resume takes up the last checkpoint.
 
-        Returns False if there is nothing to do, because the run to resume is finished.
-
-        `modules` {name: model} are what is trained; the one called "model" is what finish() saves. Anything else that
-        changes from step to step goes into `run.extra` (a dict of numbers), which is saved and restored.
+        `modules` {name: model} are what is trained; the one called "model" is what finish() saves. `extra` are numbers
+        that may change from step to step: `run.extra`, saved and restored. Returns False if there is nothing to do,
+        because the run to resume is finished.
         """
         if total < 1:
             raise UserError(f"there is no step to make ({total}); check --steps, --epochs and the data")
-        self.total = total
-        self.modules, self.optimizer, self.tokenizer, self.extra = modules, optimizer, tokenizer, {}
+        self.modules, self.optimizer, self.tokenizer = modules, optimizer, tokenizer
+        self.total, self.extra = total, extra
         os.makedirs(self.options.out, exist_ok=True)
         state = self.path("state.pt")
         if self.options.resume and os.path.exists(state):
