@@ -100,8 +100,7 @@ def main(config: Config):
     # model and data
     policy, tokenizer = load_model(config.init, run.device)
     pairs = load_pairs(config.data, tokenizer, policy.config.block_size)
-    valid = load_pairs(config.valid, tokenizer, policy.config.block_size) if config.valid else []
-    valid = valid[: config.eval_pairs]
+    valid = load_pairs(config.valid, tokenizer, policy.config.block_size, config.eval_pairs) if config.valid else []
     prompts = [chosen.ids[: chosen.mask.index(True)] for chosen, _ in valid[:2]]
     valid.sort(key=lambda pair: max(len(side.ids) for side in pair))
     lengths = [max(len(chosen.ids), len(rejected.ids)) for chosen, rejected in pairs]

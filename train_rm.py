@@ -94,8 +94,7 @@ def main(config: Config):
 
     # data
     pairs = load_pairs(config.data, tokenizer, model.config.block_size)
-    valid = load_pairs(config.valid, tokenizer, model.config.block_size) if config.valid else []
-    valid = valid[: config.eval_pairs]
+    valid = load_pairs(config.valid, tokenizer, model.config.block_size, config.eval_pairs) if config.valid else []
     lengths = [max(len(chosen.ids), len(rejected.ids)) for chosen, rejected in pairs]
     total = config.steps or round(config.epochs * -(-len(pairs) // config.batch_size))
 

@@ -120,10 +120,13 @@ def load_examples(path: str, tokenizer, block_size: int | None = None, limit: in
     return examples
 
 
-def load_pairs(path: str, tokenizer, block_size: int | None = None) -> list[tuple[Example, Example]]:
-    """(chosen, rejected) of a file of preferences. Pairs whose two sides are the same teach nothing and are dropped."""
+def load_pairs(path: str, tokenizer, block_size: int | None = None, limit: int | None = None) -> list:
+    """(chosen, rejected) Examples of a file of preferences, at most `limit`. Pairs whose two sides are the same teach
+    nothing and are dropped."""
     pairs, dropped = [], {}
     for where, record in read_records(path):
+        if limit is not None and len(pairs) == limit:
+            break
         require(where, record, "prompt", "chosen", "rejected")
         pair = tuple(encode_answer(tokenizer, where, record, key) for key in ("chosen", "rejected"))
         if block_size and max(len(side.ids) for side in pair) > block_size:

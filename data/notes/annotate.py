@@ -33,7 +33,7 @@ class Config:
     out: str = "out/prefs"  # folder for train.jsonl and valid.jsonl
     pairs: int = 10000  # training pairs
     valid_pairs: int = 2000  # held-out pairs
-    annotators: int = 8  # judgements of each held-out pair: a steadier measure for no more sampling
+    annotators: int = 16  # judgements of each held-out pair: a steadier measure for no more sampling
     temperature: float = 3.0  # of the annotator, in points of the gold reward: higher is noisier
     max_new_tokens: int = 80  # longest answer
     seed: int = 0  # of the sampling and of the judgements
