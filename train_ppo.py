@@ -116,7 +116,7 @@ def value_loss(values, old_values, returns, mask, clip=0.2, count=None):
 def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, config, beta, generator=None):
     """Samples an answer to each prompt and computes all that the updates need; score(prompts, samples) -> (B,).
 
-    Returns a dict: ids (B, T); lengths, scores, kl, entropy, ended (B,); the rest (B, T-1). Log-probabilities and
+    Returns a dict: ids (B, T); lengths, scores, kl, entropy, ended (B,); distinct (); the rest (B, T-1). Log-probs and
     values (critic None: of the shared trunk) are those of the sampling pass; the first minibatch finds them again.
     """
     samples = generate(policy, prompt_ids, config.max_new_tokens, tokenizer.end, temperature=config.temperature,

@@ -325,3 +325,9 @@ def test_the_annotator_refuses_a_temperature_of_0(annotator, tmp_path):
 def test_the_annotator_says_so_when_no_pair_is_left(annotator, workshop):
     with pytest.raises(UserError):
         annotator(policy=workshop.path("base"), max_new_tokens=1)  # one token: an empty answer, or one without an end
+
+
+def test_the_standard_error_is_that_of_independent_prompts_not_of_their_answers():
+    """Two prompts, three answers each, all alike within a prompt: the values 0 and 1 have a standard error of 1/2."""
+    row = summary({"gold": torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)}, samples=3)
+    assert row == {"gold": pytest.approx(0.5), "gold_stderr": pytest.approx(0.5)}

@@ -252,3 +252,11 @@ def test_decoding_beyond_the_context_raises_valueerror(model):
     cache.pos = torch.tensor([24])
     with pytest.raises(ValueError, match="longer than the context"):
         model(random_ids(1, 1), cache)
+
+
+def test_the_scalar_head_computes_in_fp32_even_under_autocast(tiny):
+    model = tiny(60).add_head(std=1.0)
+    hidden = torch.randn(50, model.config.n_embd)
+    with torch.autocast("cpu", torch.bfloat16):
+        values = model.scalar(hidden)
+    assert values.dtype == torch.float32 and torch.equal(values, model.scalar(hidden))

@@ -702,6 +702,60 @@ def test_ppo_minibatch_loss_is_the_policy_loss_plus_the_weighted_value_loss(work
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_ppo_statistics_are_masked_means_by_hand_over_the_response_tokens(workshop, tmp_path, watched):
+    policy = load_model(workshop.path("sft"))[0].add_head(std=0.5).eval()
+    workshop.run("ppo", tmp_path / "out", steps=1, eval_every=100)
+    batch = {k: v for k, v in watched.rollouts[0].items() if isinstance(v, torch.Tensor)}
+    mask, count, config = batch["mask"], batch["mask"].sum(), workshop.config("ppo", tmp_path)
+    with torch.no_grad():
+        policy.wte.weight += 0.05 * torch.randn_like(policy.wte.weight)
+        _, stats = train_ppo.minibatch_loss(policy, None, batch, torch.arange(len(mask)), count, config)
+        hidden, index = policy(batch["ids"]), mask.flatten().nonzero()[:, 0]
+        ratio = (policy.logprobs(hidden, batch["ids"], index) - batch["old_logprobs"])[mask].exp()
+        values, old = policy.scalar(hidden)[:, :-1][mask], batch["old_values"][mask]
+    returns, advantages = batch["returns"][mask], batch["advantages"][mask]
+    clipped = (values.clamp(old - 0.2, old + 0.2) - returns) ** 2
+    outside = ((ratio > 1.2) & (advantages > 0)) | ((ratio < 0.8) & (advantages < 0))
+    assert stats["policy/clipfrac"].item() == pytest.approx(outside.float().mean().item())
+    assert stats["val/clipfrac"].item() == pytest.approx((clipped > (values - returns) ** 2).float().mean().item())
+    assert stats["val/ratio"].item() == pytest.approx(ratio.mean().item(), rel=1e-4)
+    assert 0 < stats["val/clipfrac"] < 1 and 0 < stats["policy/clipfrac"] < 1  # neither is trivially right
+
+
+def test_ppo_ratio_variance_is_about_its_own_mean_whatever_the_micro_batches(workshop, tmp_path, monkeypatch):
+    """Two parts with the sums of ratios {1, 2} and {3}: mean 2, variance 2/3."""
+    parts = iter([(3 / 3, (0 + 1) / 3), (3 / 3, 4 / 3)])
+
+    def fake(policy, critic, batch, rows, count, config):
+        mean, square = next(parts)
+        loss = sum(p.sum() for p in policy.parameters()) * 0.0
+        return loss, {"val/ratio": torch.tensor(mean), "val/ratio_var": torch.tensor(square)}
+
+    monkeypatch.setattr(train_ppo, "minibatch_loss", fake)
+    config = workshop.config("ppo", tmp_path / "out", epochs=1, minibatches=1, micro_batch=2)
+    policy = load_model(workshop.path("sft"))[0]
+    batch = {"ids": torch.zeros(3, 4), "mask": torch.ones(3, 3, dtype=torch.bool), "lengths": torch.tensor([4, 4, 4])}
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    history = train_ppo.update(Run("ppo", config), policy, None, optimizer, batch, config)
+    assert float(history[0]["val/ratio"]) == pytest.approx(2.0)
+    assert float(history[0]["val/ratio_var"]) == pytest.approx(2 / 3)
+
+
+def test_ppo_makes_exactly_epochs_times_minibatches_steps_even_when_they_do_not_divide(workshop, tmp_path, watched):
+    workshop.run("ppo", tmp_path / "out", steps=1, batch_size=5, epochs=3, minibatches=4, eval_every=100)
+    assert [len(history) for history in watched.histories] == [3 * 4]
+
+
+def test_ppo_distinct_counts_answers_and_not_prompts(workshop, tmp_path, watched):
+    """Nearly greedy and one token long: different prompts get the same answer."""
+    workshop.run("ppo", tmp_path / "out", steps=1, batch_size=24, max_new_tokens=1, temperature=0.01, eval_every=100)
+    batch = max(watched.rollouts, key=lambda rollout: len(rollout["ids"]))  # not that of the held-out prompts
+    last = batch["ids"][torch.arange(24), batch["lengths"] - 1]
+    answers = {token if not ended else "end" for token, ended in zip(last.tolist(), batch["ended"].tolist())}
+    assert float(batch["distinct"]) == pytest.approx(len(answers) / 24)
+    assert len(answers) < len({tuple(row) for row in batch["ids"].tolist()})
+
+
 def test_ppo_updates_use_every_answer_once_an_epoch(workshop, tmp_path, monkeypatch):
     seen, minibatch_loss = [], train_ppo.minibatch_loss
 
