@@ -67,7 +67,7 @@ def pair_logprobs(model, pairs, device):
 def reference_logprobs(model, pairs, device, batch_size=64):
     """pair_logprobs of all P pairs under the reference model, computed once: (P, 2), on the CPU."""
     order = sorted(range(len(pairs)), key=lambda i: max(len(side.ids) for side in pairs[i]))
-    out = torch.zeros(len(pairs), 2)
+    out = torch.zeros(len(pairs), 2, dtype=model.wte.weight.dtype)
     for rows in split(order, batch_size):
         out[rows] = torch.stack(pair_logprobs(model, [pairs[i] for i in rows], device), dim=1).cpu()
     return out
@@ -83,6 +83,19 @@ def batch_loss(policy, pairs, ref_logprobs, beta, label_smoothing, device):
                     "rewards/margins": chosen_rewards - rejected_rewards,
                     "rewards/accuracies": (chosen_rewards > rejected_rewards).float(),
                     "logps/chosen": chosen.detach(), "logps/rejected": rejected.detach()}
+
+
+def update(run, policy, optimizer, pairs, ref_logprobs, config):
+    """One optimizer step on a batch of pairs with their ref_logprobs (B, 2); returns the means of its statistics."""
+    parts = []
+    for rows in split(list(range(len(pairs))), config.micro_batch):
+        with run.autocast():
+            losses, stats = batch_loss(policy, [pairs[i] for i in rows], ref_logprobs[rows], config.beta,
+                                       config.label_smoothing, run.device)
+        run.backward(losses.sum() / len(pairs))  # one denominator: the pairs of the whole step
+        parts.append(stats)
+    means = {name: torch.cat([part[name] for part in parts]).mean() for name in parts[0]}
+    return {**means, "grad_norm": run.update(optimizer, config.grad_clip)}
 
 
 @torch.no_grad()
@@ -131,18 +144,9 @@ def main(config: Config):
     for step in run.steps():
         lr = run.set_lr(optimizer, config.lr * schedule(step, total, round(config.warmup * total)))
         rows = next(order)
-        stats = []
-        for part in split(rows, config.micro_batch):
-            with run.autocast():
-                losses, stat = batch_loss(policy, [pairs[i] for i in part], ref_logprobs[part], config.beta,
-                                          config.label_smoothing, run.device)
-            run.backward(losses.sum() / len(rows))  # one denominator: the pairs of the whole step
-            stats.append(stat)
-        grad_norm = run.update(optimizer, config.grad_clip)
-
+        stats = update(run, policy, optimizer, [pairs[i] for i in rows], ref_logprobs[rows], config)
         if run.due(step, config.log_every):
-            means = {name: torch.cat([stat[name] for stat in stats]).mean() for name in stats[0]}
-            run.log(step + 1, {**means, "grad_norm": grad_norm, "lr": lr})
+            run.log(step + 1, {**stats, "lr": lr})
         if run.due(step, config.eval_every):
             report(step + 1)
     run.finish()

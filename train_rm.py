@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from nanopost.checkpoint import load_model
 from nanopost.config import UserError, cli
 from nanopost.data import batches, collate, load_pairs, split
+from nanopost.model import upcast
 from nanopost.reward import score_samples
 from nanopost.run import Options, Run, adamw, schedule
 from nanopost.sampling import sample_text
@@ -49,13 +50,28 @@ class Config(Options):
 
 def pairwise_loss(chosen, rejected):
     """Bradley-Terry negative log-likelihood in nats per pair: chosen (B,), rejected (B,) rewards -> scalar."""
-    return -F.logsigmoid(chosen.float() - rejected.float()).mean()
+    return -F.logsigmoid(upcast(chosen) - upcast(rejected)).mean()
 
 
 def score_pairs(model, pairs, device):
     """Rewards of both sides in one forward pass: B pairs -> (B,), (B,)."""
     batch = collate([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], device)
     return model.score(batch.ids, batch.lengths).chunk(2)  # (2B,) -> (B,), (B,)
+
+
+def update(run, model, optimizer, pairs, config):
+    """One optimizer step on a batch of pairs; returns its loss, accuracy and margin and the gradient's norm."""
+    stats = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
+    for part in split(pairs, config.micro_batch):
+        share = len(part) / len(pairs)  # the mean is over the pairs of the whole step
+        with run.autocast():
+            chosen, rejected = score_pairs(model, part, run.device)
+            loss = pairwise_loss(chosen, rejected) * share
+        run.backward(loss)
+        stats["loss"] += loss.detach()
+        stats["accuracy"] += (chosen > rejected).float().mean() * share
+        stats["margin"] += (chosen - rejected).detach().mean() * share
+    return {**stats, "grad_norm": run.update(optimizer, config.grad_clip)}
 
 
 @torch.no_grad()
@@ -117,22 +133,9 @@ def main(config: Config):
         report(0)
     for step in run.steps():
         lr = run.set_lr(optimizer, config.lr * schedule(step, total, round(config.warmup * total)))
-        rows = next(order)
-        loss, accuracy, margin = 0.0, 0.0, 0.0
-        for part in split([pairs[i] for i in rows], config.micro_batch):
-            share = len(part) / len(rows)  # the mean is over the pairs of the whole step
-            with run.autocast():
-                chosen, rejected = score_pairs(model, part, run.device)
-                part_loss = pairwise_loss(chosen, rejected) * share
-            run.backward(part_loss)
-            loss += part_loss.detach()
-            accuracy += (chosen > rejected).float().mean() * share
-            margin += (chosen - rejected).detach().mean() * share
-        grad_norm = run.update(optimizer, config.grad_clip)
-
+        stats = update(run, model, optimizer, [pairs[i] for i in next(order)], config)
         if run.due(step, config.log_every):
-            run.log(step + 1, {"loss": loss, "accuracy": accuracy, "margin": margin, "grad_norm": grad_norm,
-                               "lr": lr})
+            run.log(step + 1, {**stats, "lr": lr})
         if run.due(step, config.eval_every):
             report(step + 1)
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from nanopost.checkpoint import load_model
 from nanopost.config import UserError, cli
 from nanopost.data import batches, collate, load_examples, split
-from nanopost.model import GPT, GPTConfig
+from nanopost.model import GPT, GPTConfig, upcast
 from nanopost.run import Options, Run, adamw, schedule
 from nanopost.sampling import show_answers
 from nanopost.tokenizer import DEFAULT_VOCAB, load_tokenizer
@@ -58,7 +58,7 @@ def masked_cross_entropy(logits, targets, mask, count=None):
     targets of the whole optimizer step (default: of this call, mask.sum()). Positions outside the mask have no
     influence and a gradient of exactly 0.
     """
-    nll = F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none")  # (N,)
+    nll = F.cross_entropy(upcast(logits).flatten(0, -2), targets.flatten(), reduction="none")  # (N,)
     nll = nll.masked_fill(~mask.flatten(), 0.0)
     return nll.sum() / (mask.sum() if count is None else count)
 
@@ -71,6 +71,19 @@ def batch_loss(model, batch, count=None):
     hidden = model(batch.ids)[:, :-1].flatten(0, 1)[batch.index]  # (B, T, C) -> (B, T-1, C) -> (N, C)
     targets = batch.ids[:, 1:].flatten()[batch.index]  # (N,)
     return masked_cross_entropy(model.logits(hidden), targets, torch.ones_like(targets, dtype=torch.bool), count)
+
+
+def update(run, model, optimizer, examples, config):
+    """One optimizer step on a batch of examples; returns its loss and the gradient's norm."""
+    micros = [collate(part, run.device) for part in split(examples, config.micro_batch)]
+    count = sum(micro.targets for micro in micros)  # one denominator for the whole step
+    loss = 0.0
+    for micro in micros:
+        with run.autocast():
+            part = batch_loss(model, micro, count)
+        run.backward(part)
+        loss += part.detach()
+    return {"loss": loss, "grad_norm": run.update(optimizer, config.grad_clip)}
 
 
 @torch.no_grad()
@@ -129,18 +142,9 @@ def main(config: Config):
         report(0)
     for step in run.steps():
         lr = run.set_lr(optimizer, config.lr * schedule(step, total, round(config.warmup * total)))
-        micros = [collate([examples[i] for i in rows], run.device) for rows in split(next(order), config.micro_batch)]
-        count = sum(micro.targets for micro in micros)  # one denominator for the whole step
-        loss = 0.0
-        for micro in micros:
-            with run.autocast():
-                part = batch_loss(model, micro, count)
-            run.backward(part)
-            loss += part.detach()
-        grad_norm = run.update(optimizer, config.grad_clip)
-
+        stats = update(run, model, optimizer, [examples[i] for i in next(order)], config)
         if run.due(step, config.log_every):
-            run.log(step + 1, {"loss": loss, "grad_norm": grad_norm, "lr": lr})
+            run.log(step + 1, {**stats, "lr": lr})
         if run.due(step, config.eval_every):
             report(step + 1)
 

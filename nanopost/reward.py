@@ -76,10 +76,10 @@ def call_reward(function, prompts: list, completions: list[str]) -> list[float]:
 
 @torch.no_grad()
 def score_samples(model: GPT, samples: list[dict], batch_size: int = 64) -> torch.Tensor:
-    """The reward model's scores (N,) fp32, on the CPU, of samples as sample_text returns them."""
+    """The reward model's scores (N,), on the CPU, of samples as sample_text returns them."""
     rows = [Example(s["prompt_ids"] + s["ids"], [False] * (len(s["prompt_ids"]) + len(s["ids"]))) for s in samples]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    scores = torch.zeros(len(rows))
+    scores = torch.zeros(len(rows), dtype=model.wte.weight.dtype)
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         batch = collate([rows[i] for i in part], model.device)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanopost.model import GPT, KVCache
+from nanopost.model import GPT, KVCache, upcast
 
 CHECK_EVERY = 4  # decoding steps between two looks at which rows have ended
 
@@ -76,8 +76,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
         ids[row, : len(prompt)] = torch.tensor(prompt)
     ids, prompt_lengths = ids.to(device), lengths.to(device)
     lengths = prompt_lengths.clone()
-    logprobs = torch.zeros(R, S - 1, device=device)
-    values = torch.zeros(R, S - 1, device=device) if model.head is not None else None
+    logprobs = model.wte.weight.new_zeros(R, S - 1)
+    values = torch.zeros_like(logprobs) if model.head is not None else None
     ended = torch.zeros(R, dtype=torch.bool, device=device)
 
     autocast = torch.is_autocast_enabled(device.type)
@@ -88,7 +88,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
     cache.pos = lengths.clone()
     rows = torch.arange(R, device=device)  # (n,) the samples that the n rows of the cache belong to
     for step in range(max_new_tokens):
-        logits = model.logits(hidden).float()  # (n, V)
+        logits = upcast(model.logits(hidden))  # (n, V)
         if temperature == 0:
             logp = logits.log_softmax(-1)
             token = logp.argmax(-1)

@@ -75,10 +75,8 @@ def tiny():
 
 
 @pytest.fixture
-def in_float64(monkeypatch):
-    """Everything that is computed in fp32 is computed in double precision instead, so that 1e-10 means equal."""
-    as_float32 = torch.Tensor.float
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x if x.dtype == torch.float64 else as_float32(x).double())
+def in_float64():
+    """Weights, and with them everything that is computed, in double precision, so that 1e-10 means equal."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
