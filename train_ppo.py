@@ -153,7 +153,7 @@ def minibatch_loss(policy, critic, batch, rows, count, config):
         value_binds = ((values - returns) ** 2 < (clipped - returns) ** 2)[mask]
         sums = {"policy/approxkl": 0.5 * log_ratio**2, "policy/approxkl_k3": ratio - 1 - log_ratio, "val/ratio": ratio,
                 "policy/clipfrac": binds, "val/clipfrac": value_binds, "val/ratio_var": (ratio - 1) ** 2}
-        stats = {name: x.float().sum() / count for name, x in sums.items()}
+        stats = {name: x.sum() / count for name, x in sums.items()}
     return pg + config.value_coef * vf, {"loss/policy": pg.detach(), "loss/value": vf.detach(), **stats}
 
 

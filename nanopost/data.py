@@ -21,7 +21,7 @@ import torch
 from nanopost.config import UserError
 
 ROLES = ("user", "assistant", "system")
-PAD_TO = 8  # rows are padded to a multiple of this: few shapes, little padding
+PAD_TO = 8  # rows are padded to a multiple of this (as block_size is one): few shapes, little padding
 
 
 # ------------------------------------------------------------------------------------------------------- records

@@ -24,7 +24,7 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
 @dataclass
 class GPTConfig:
     vocab_size: int = 50262  # real tokens; the matrix has more rows (a multiple of 64), which never get probability
-    block_size: int = 1024  # the longest sequence, in tokens
+    block_size: int = 1024  # the longest sequence, in tokens; a multiple of 8, as the rows of a batch are
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
@@ -37,6 +37,8 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if self.block_size % 8:
+            raise ValueError(f"block_size ({self.block_size}) must be a multiple of 8")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
 

@@ -195,3 +195,15 @@ def read_metrics(folder, *without) -> list[dict]:
 def metrics():
     """metrics(folder, *without): the lines of metrics.jsonl, without these keys."""
     return read_metrics
+
+
+def pytest_addoption(parser):
+    parser.addoption("--measured", action="store_true", help="print the error that every proof measured")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--measured"):
+        from measured import MEASURED
+
+        for test, (error, bound) in MEASURED.items():
+            terminalreporter.write_line(f"{error:8.1e} <= {bound:.0e}  {test.removeprefix('tests/')}")
