@@ -99,6 +99,17 @@ def objective(logp, ref, scores, beta):
     return (logp.exp() * scores).sum() - beta * kl(logp, ref)
 
 
+def soft_values(table, scores, beta):
+    """V(s) = beta log sum over the answers through s of ref(rest | s) exp(r / beta): the value under the optimum."""
+    logp = table_logprobs(table)
+    return per_state(lambda rows, t: beta * (logp[rows, 1 + t :].sum(1) + scores[rows] / beta).logsumexp(0))
+
+
+def exact_values(logp, rewards):
+    """V(s) of a policy: the expected sum of the rewards to come (gamma 1). logp and rewards (40, 4)."""
+    return per_state(lambda rows, t: (logp[rows, 1 + t :].sum(1).exp() * rewards[rows, 1 + t :].sum(1)).sum())
+
+
 def tiny_gpt(seed=0, n_embd=16, noise=0.3) -> GPT:
     """nanopost's GPT with this world's vocabulary, in double precision, far from its initialisation."""
     model = GPT(GPTConfig(VOCAB, block_size=8, n_layer=2, n_head=2, n_embd=n_embd)).double()

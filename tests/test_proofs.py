@@ -13,8 +13,9 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from enumerable import (ANSWERS, EXAMPLES, FINISHED, IDS, LENGTHS, MASK, STATE, STATES, gpt_logprobs, kl, objective,
-                        optimum, per_state, randn, random_scores, random_table, table_logprobs, table_of, tiny_gpt)
+from enumerable import (ANSWERS, EXAMPLES, FINISHED, IDS, LENGTHS, MASK, STATE, STATES, exact_values, gpt_logprobs, kl,
+                        objective, optimum, randn, random_scores, random_table, soft_values, table_logprobs, table_of,
+                        tiny_gpt)
 from measured import at_most, distance
 from nanopost.data import collate
 from nanopost.run import Run
@@ -237,17 +238,6 @@ def test_dpo_on_the_preferences_of_everybody_has_its_minimum_at_the_optimum_of_r
 
 
 # ------------------------------------------------------------------------------------ PPO: rewards, values, advantages
-
-
-def soft_values(table, scores, beta):
-    """V(s) = beta log sum over the answers through s of ref(rest | s) exp(r / beta): the value under the optimum."""
-    logp = table_logprobs(table)
-    return per_state(lambda rows, t: beta * (logp[rows, 1 + t :].sum(1) + scores[rows] / beta).logsumexp(0))
-
-
-def exact_values(logp, rewards):
-    """V(s) of a policy: the expected sum of the rewards to come (gamma 1). logp and rewards (40, 4)."""
-    return per_state(lambda rows, t: (logp[rows, 1 + t :].sum(1).exp() * rewards[rows, 1 + t :].sum(1)).sum())
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5, 0.95, 1.0])
