@@ -123,7 +123,7 @@ BROKEN = [
     ("pairs", {"chosen": "a", "rejected": "b"}, "prompt is missing"),
     ("pairs", {"prompt": "x", "chosen": "", "rejected": "b"}, "chosen is empty"),
     ("pairs", {"prompt": "x", "chosen": "a", "rejected": "  "}, "rejected is empty"),
-    ("pairs", {"prompt": "x", "chosen": "a", "rejected": turns("b")}, "must begin and end with a turn of the assistant"),
+    ("pairs", {"prompt": "x", "chosen": "a", "rejected": turns("b")}, "must begin and end with a turn of the assist"),
 ]
 
 

@@ -58,7 +58,8 @@ def test_the_matrix_has_a_multiple_of_64_rows(vocab_size, rows):
     assert GPTConfig(vocab_size).rows == rows
 
 
-@pytest.mark.parametrize("wrong", [{"n_embd": 10, "n_head": 4}, {"block_size": 100}, {"dropout": 1.0}, {"dropout": -0.1}])
+@pytest.mark.parametrize("wrong", [{"n_embd": 10, "n_head": 4}, {"block_size": 100}, {"dropout": 1.0},
+                                   {"dropout": -0.1}])
 def test_an_impossible_configuration_is_refused(wrong):
     with pytest.raises(ValueError):
         GPTConfig(**{"vocab_size": 10, "n_embd": 8, "n_head": 2, **wrong})

@@ -13,9 +13,9 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from enumerable import (ANSWERS, EXAMPLES, FINISHED, IDS, LENGTHS, MASK, STATE, STATES, exact_values, gpt_logprobs, kl,
-                        objective, optimum, randn, random_scores, random_table, soft_values, table_logprobs, table_of,
-                        tiny_gpt)
+from enumerable import (ANSWERS, EXAMPLES, FINISHED, IDS, LENGTHS, LONGEST, MASK, STATE, STATES, exact_values,
+                        gpt_logprobs, kl, objective, optimum, randn, random_scores, random_table, soft_values,
+                        table_logprobs, table_of, tiny_gpt)
 from measured import at_most, distance
 from nanopost.data import collate
 from nanopost.run import Run
@@ -179,7 +179,8 @@ def dpo_on_gpt(policy, reference, rows, beta, smoothing=0.0):
 
 
 def test_dpo_losses_are_equation_7_on_whole_answers():
-    policy, reference, rows = tiny_gpt(1), tiny_gpt(2), EVERY_PAIR[::31]
+    short = [i for i, answer in enumerate(ANSWERS) if len(answer) < LONGEST]
+    policy, reference, rows = tiny_gpt(1), tiny_gpt(2), EVERY_PAIR[::31] + [(short[0], short[1]), (short[2], short[0])]
     losses, stats = dpo_on_gpt(policy, reference, rows, beta=0.3)
     moved = gpt_logprobs(policy) - gpt_logprobs(reference)
     h = torch.stack([moved[i] - moved[j] for i, j in rows])
@@ -221,8 +222,8 @@ def test_dpo_on_the_preferences_of_everybody_has_its_minimum_at_the_optimum_of_r
     implicit reward is r, and its loss that of the best reward model. Which pairs are compared does not matter."""
     table, scores = random_table(3), random_scores(4)
     ref = table_logprobs(table).sum(1)
-    weights = torch.ones(len(FIRST)).double() if pairs_from == "every pair alike" else ref[FIRST].exp() * ref[SECOND].exp()
-    weights = weights / weights.sum() * torch.sigmoid(scores[FIRST] - scores[SECOND]) * 2
+    often = torch.ones(len(FIRST)).double() if pairs_from == "every pair alike" else (ref[FIRST] + ref[SECOND]).exp()
+    weights = often / often.sum() * torch.sigmoid(scores[FIRST] - scores[SECOND]) * 2
 
     def loss(logp):
         return (weights * train_dpo.dpo_loss(logp[FIRST], logp[SECOND], ref[FIRST], ref[SECOND], beta)[0]).sum()
@@ -287,15 +288,16 @@ def test_of_the_usual_estimators_only_k1_has_the_right_gradient_as_a_reward():
 
 @pytest.mark.parametrize("mu, spread", [(0.1, 20.0), (1.0, 2.0)])
 def test_k1_of_two_gaussians_has_schulmans_mean_and_spread(mu, spread):
-    """joschu.net/blog/kl-approx.html: pi = N(0, 1), reference = N(mu, 1), KL = mu^2 / 2, by Gauss-Hermite quadrature."""
+    """joschu.net/blog/kl-approx.html: pi = N(0, 1), reference = N(mu, 1), KL = mu^2 / 2, by Gauss-Hermite sums."""
     import numpy as np
 
     x, weights = (torch.tensor(a) for a in np.polynomial.hermite_e.hermegauss(60))
     weights, one = weights / weights.sum(), torch.ones(60, 1, dtype=torch.bool)
-    k1 = -train_ppo.token_rewards(torch.zeros(60).double(), (-x**2 / 2)[:, None], (-(x - mu) ** 2 / 2)[:, None], one, 1.0)
-    mean = (weights * k1[:, 0]).sum().item()
+    logp, ref, zero = (-x**2 / 2)[:, None], (-(x - mu) ** 2 / 2)[:, None], torch.zeros(60).double()
+    k1 = -train_ppo.token_rewards(zero, logp, ref, one, 1.0)[:, 0]
+    mean = (weights * k1).sum().item()
     at_most(abs(mean - mu**2 / 2), 1e-12)
-    at_most(abs(((weights * k1[:, 0] ** 2).sum().item() - mean**2) ** 0.5 / mean - spread), 1e-9)
+    at_most(abs(((weights * k1**2).sum().item() - mean**2) ** 0.5 / mean - spread), 1e-9)
 
 
 # --------------------------------------------------------------------------------------- PPO: the surrogate's gradient
@@ -354,13 +356,15 @@ def test_whitening_changes_the_length_of_the_gradient_and_not_its_direction():
 def test_whitened_advantages_do_not_depend_on_the_rewards_scale_and_zero():
     """Without a penalty: from r to 5 r - 2, every answer's advantage is the same."""
     scores, logp = random_scores(1), table_logprobs(random_table(1))
-    white = [train_ppo.whiten(train_ppo.gae(train_ppo.token_rewards(r, logp, logp, MASK, 0.0), 0 * NOISE, MASK, 1, 1)[0],
-                              MASK) for r in (scores, 5 * scores - 2)]
+    white = []
+    for r in (scores, 5 * scores - 2):
+        rewards = train_ppo.token_rewards(r, logp, logp, MASK, beta=0.0)
+        white.append(train_ppo.whiten(train_ppo.gae(rewards, 0 * NOISE, MASK, 1.0, 1.0)[0], MASK))
     at_most(distance(*white), 1e-7)
 
 
 def expected_statistics(policy, old):
-    """The expectation over answers of `old` of what minibatch_loss logs for `policy`, summed over an answer's tokens."""
+    """The expectation, over the answers of `old`, of what minibatch_loss logs for `policy`, summed over the tokens."""
     batch = everything_as_a_rollout(old, old, random_scores(1), 0.0, 1.0)
     with torch.no_grad():
         each = [train_ppo.minibatch_loss(policy, None, batch, torch.tensor([i]), 1, train_ppo.Config())[1]
@@ -377,7 +381,7 @@ def test_logged_ratio_and_kl_are_unbiased():
 
 
 def test_the_best_value_function_is_the_expected_return():
-    """Minimised over all states' values, the value loss on lambda = 1 returns gives V(s) of the policy, by enumeration."""
+    """Minimised over the values of all states, the value loss on lambda = 1 returns gives V(s) of the policy."""
     logp = table_logprobs(random_table(1))
     rewards = train_ppo.token_rewards(random_scores(2), logp, table_logprobs(random_table(2)), MASK, 0.3)
     _, returns = train_ppo.gae(rewards, NOISE, MASK, 1.0, 1.0)

@@ -92,7 +92,8 @@ def test_the_special_tokens_take_the_ids_after_the_vocabulary(tokenizer):
 # --------------------------------------------------------------------------------------------------- text <-> ids
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n\n\t ", "the and the", "naïve café", "日本語", "🙂👩‍👩‍👧", "a\x00b", "  x  "])
+@pytest.mark.parametrize("text", ["", " ", "\n\n\t ", "the and the", "naïve café", "日本語", "🙂👩‍👩‍👧", "a\x00b",
+                                  "  x  "])
 def test_decoding_gives_back_the_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
