@@ -408,7 +408,8 @@ def own_rollout(policy):
 
 
 def step(script, micro_batch, order=1):
-    """The parameters before and after one step of plain gradient descent (lr 1) by a script's own update()."""
+    """One step of plain gradient descent (lr 1) by a script's own update(): the parameters before and after, the loss
+    that it reports, and the model."""
     options = dict(device="cpu", micro_batch=micro_batch, grad_clip=0.0, epochs=1)
     torch.manual_seed(0)
     model = tiny_gpt(1) if script in ("sft", "dpo") else tiny_gpt(1).add_head(std=0.2)
@@ -416,18 +417,19 @@ def step(script, micro_batch, order=1):
     config = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "ppo": train_ppo}[script].Config(**options)
     run = Run(script, config)
     if script == "sft":
-        train_sft.update(run, model, optimizer, EXAMPLES[::order], config)
+        loss = train_sft.update(run, model, optimizer, EXAMPLES[::order], config)["loss"]
     if script == "rm":
-        train_rm.update(run, model, optimizer, PAIRS[::order], config)
+        loss = train_rm.update(run, model, optimizer, PAIRS[::order], config)["loss"]
     if script == "dpo":
         ref = train_dpo.reference_logprobs(tiny_gpt(2), PAIRS[::order], "cpu")
-        train_dpo.update(run, model, optimizer, PAIRS[::order], ref, config)
+        loss = train_dpo.update(run, model, optimizer, PAIRS[::order], ref, config)["loss"]
     if script == "ppo":
         config.minibatches = 1
         batch = own_rollout(model)
-        train_ppo.update(run, model, None, optimizer, {name: x[::order] if order > 0 else x.flip(0)
-                                                       for name, x in batch.items()}, config)
-    return before, [p.detach() for p in model.parameters()], model
+        batch = {name: x[::order] if order > 0 else x.flip(0) for name, x in batch.items()}
+        [stats] = train_ppo.update(run, model, None, optimizer, batch, config)
+        loss = stats["loss/policy"] + 0.1 * stats["loss/value"]
+    return before, [p.detach() for p in model.parameters()], loss, model
 
 
 def one_loss(script, model):
@@ -453,10 +455,12 @@ def one_loss(script, model):
 @pytest.mark.parametrize("micro_batch", [0, 1, 7])
 @pytest.mark.parametrize("script", ["sft", "rm", "dpo", "ppo"])
 def test_one_step_follows_the_gradient_of_the_loss_however_it_is_cut_into_micro_batches(script, micro_batch):
-    before, after, _ = step(script, micro_batch)
-    _, _, model = step(script, 0)
+    before, after, loss, model = step(script, micro_batch)
+    after = [p.clone() for p in after]
     for p, x in zip(model.parameters(), before):
         p.data.copy_(x)
+    at_most(abs(loss - one_loss(script, model)), 1e-12)
+    assert not loss.requires_grad
     expected = torch.autograd.grad(one_loss(script, model), list(model.parameters()), allow_unused=True)
     at_most(distance([b - a for a, b in zip(after, before)],
                      [torch.zeros_like(b) if g is None else g for g, b in zip(expected, before)]), 1e-12)
@@ -465,6 +469,18 @@ def test_one_step_follows_the_gradient_of_the_loss_however_it_is_cut_into_micro_
 @pytest.mark.parametrize("script", ["sft", "rm", "dpo", "ppo"])
 def test_one_step_does_not_depend_on_the_order_of_the_rows(script):
     at_most(distance(step(script, 7)[1], step(script, 7, order=-1)[1]), 1e-12)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 7])
+def test_an_update_of_the_reward_model_reports_its_accuracy_and_margin(micro_batch):
+    torch.manual_seed(0)
+    model, config = tiny_gpt(1).add_head(std=0.5), train_rm.Config(device="cpu", micro_batch=micro_batch)
+    expected = train_rm.evaluate(model, PAIRS, "cpu")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    stats = train_rm.update(Run("rm", config), model, optimizer, PAIRS, config)
+    for name in ("loss", "accuracy", "margin"):
+        at_most(abs(stats[name] - expected[name]), 1e-6)
+    assert 0 < expected["accuracy"] < 1
 
 
 # ------------------------------------------------------------------------------------------------- best of n, the limit

@@ -100,8 +100,9 @@ def test_the_score_is_paid_on_the_last_token_whether_the_end_comes_first_later_l
         score = random_scores(1)[answer].item() if FINISHED[answer] else config.missing_end_score
         length, start = len(ANSWERS[answer]), len(PROMPTS[row % 3]) - 1
         owed = [score / 2 ** (length - 1 - t) for t in range(length)]
-        assert batch["returns"][row].tolist() == pytest.approx([0.0] * start + owed + [0.0] * (
-            batch["returns"].shape[1] - start - length), abs=1e-12)
+        expected = torch.zeros_like(batch["returns"][row])
+        expected[start : start + length] = torch.tensor(owed, dtype=torch.float64)
+        at_most(distance(batch["returns"][row], expected), 1e-12)
     kinds = {(len(ANSWERS[a]), bool(FINISHED[a])) for a in answers.tolist()}
     assert kinds == {(1, True), (2, True), (3, True), (3, False)}
 
