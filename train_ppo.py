@@ -41,6 +41,7 @@ class Config(Options):
     valid: str = "data/notes/prompts_eval.jsonl"  # held-out prompts; empty: none
     out: str = "out/ppo"  # folder to write; an earlier run there is replaced
     save_every: int = 10  # iterations between two checkpoints
+    log_every: int = 1  # iterations between two lines of metrics.jsonl
     steps: int = 50  # iterations: a batch of answers and the updates on it
     batch_size: int = 128  # answers an iteration
     epochs: int = 2  # passes over the answers of an iteration
@@ -242,7 +243,6 @@ def main(config: Config):
             run.log(step + 1, {**statistics(batch, history, beta), "lr": lr})
         if run.due(step, config.eval_every) and valid:
             report(step + 1)
-    policy.drop_head()  # the finished policy is a language model
     run.finish()
 
 

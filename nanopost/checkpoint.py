@@ -32,17 +32,21 @@ def atomic(path: str, mode: str = "w"):
             os.remove(temporary)
 
 
-def save_model(folder: str, model: GPT, tokenizer: Tokenizer, info: dict):
-    """Writes weights, vocabulary and, last, config.json = info plus the model's configuration."""
+def save_model(folder: str, model: GPT, tokenizer: Tokenizer, info: dict, head: bool = True):
+    """Writes weights, vocabulary and, last, config.json = info plus the model's configuration.
+
+    head=False leaves a scalar head out: what PPO trains has one for its values, what it makes is a language model."""
+    tensors = {name: x.detach().cpu() for name, x in model.state_dict().items() if head or not name.startswith("head.")}
+    config = dataclasses.replace(model.config, scalar_head=model.config.scalar_head and head)
     os.makedirs(folder, exist_ok=True)
     if os.path.exists(config_path := os.path.join(folder, "config.json")):
         os.remove(config_path)
     with atomic(os.path.join(folder, "vocab.tiktoken")) as f:
         tokenizer.write(f)
     with atomic(os.path.join(folder, "model.pt"), "wb") as f:
-        torch.save({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, f)
+        torch.save(tensors, f)
     with atomic(config_path) as f:
-        json.dump({**info, "model": dataclasses.asdict(model.config)}, f, indent=1)
+        json.dump({**info, "model": dataclasses.asdict(config)}, f, indent=1)
 
 
 def load_model(folder: str, device="cpu", reward: bool = False) -> tuple[GPT, Tokenizer]:

@@ -161,7 +161,8 @@ def main(config: Config):
         rewards = score_samples(reward_model, samples) if reward_model else None
         values = measure(samples, sequence_logprobs(model, samples), sequence_logprobs(reference, samples), rewards,
                          true_reward(samples), reference_gold)
-        stage = os.path.basename(os.path.normpath(folder))
+        parts = os.path.normpath(folder).split(os.sep)
+        stage = "/".join(parts[-2:] if parts[-1].startswith("step-") else parts[-1:])  # ppo/step-10
         rows.append({"stage": stage, **summary(values, config.samples)})
         answers.append((stage, samples, values))
 

@@ -134,10 +134,6 @@ class GPT(nn.Module):
         nn.init.zeros_(self.head.bias)
         return self
 
-    def drop_head(self):
-        self.config.scalar_head, self.head = False, None
-        return self
-
     @property
     def device(self):
         return self.wte.weight.device

@@ -46,6 +46,15 @@ def load_reward(spec: str, tokenizer, owner: str, block_size: int, device):
     return score
 
 
+def load_judge(spec: str, tokenizer, owner: str, block_size: int, device):
+    """As load_reward, for samples as sample_text returns them: score(prompts, samples) -> (N,), on the CPU."""
+    if ".py:" in spec:
+        function = load_function(spec)
+        return lambda prompts, samples: torch.tensor(call_reward(function, prompts, [s["text"] for s in samples]))
+    model = load_reward_model(spec, tokenizer, owner, block_size, device)
+    return lambda prompts, samples: score_samples(model, samples)
+
+
 def load_function(spec: str):
     """The Python function "file.py:function". Its file may import its neighbours. UserError if there is none."""
     path, _, name = spec.rpartition(":")

@@ -5,9 +5,12 @@ unfinished, keeps there a state.pt to resume from.
 """
 
 import dataclasses
+import glob
+import importlib.util
 import json
 import math
 import os
+import shutil
 import time
 from dataclasses import dataclass
 
@@ -33,6 +36,8 @@ class Options:
     compile: bool = True  # torch.compile the blocks; on CUDA only
     log_every: int = 10  # steps between two lines of metrics.jsonl
     save_every: int = 200  # steps between two checkpoints
+    keep_every: int = 0  # steps between two copies of the model that are kept, in step-N of the folder; 0: none
+    logs: str = ""  # tensorboard: write the metrics for it too, into tensorboard of the folder
 
 
 # -------------------------------------------------------------------------------------------- optimizer and schedule
@@ -81,9 +86,13 @@ class Run:
         if options.dtype not in ("auto", *DTYPES):
             raise UserError(f"--dtype must be auto or one of {', '.join(DTYPES)}, not {options.dtype}")
         self.dtype = DTYPES[best if options.dtype == "auto" else options.dtype]
+        if options.logs not in ("", "tensorboard"):
+            raise UserError(f"--logs must be tensorboard or nothing, not {options.logs}")
+        if options.logs and importlib.util.find_spec("tensorboard") is None:
+            raise UserError('--logs tensorboard needs a package: pip install tensorboard (or "nanopost[logs]")')
         positive = "log_every", "save_every", "eval_every", "batch_size", "minibatches", "max_new_tokens"
         smallest = dict.fromkeys(positive, 1)
-        for name, bound in (smallest | dict.fromkeys(("seed", "micro_batch", "lr", "weight_decay"), 0)).items():
+        for name, bound in (smallest | dict.fromkeys(("seed", "micro_batch", "lr", "weight_decay", "keep_every"), 0)).items():
             if getattr(options, name, bound) < bound:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {bound}")
         for name in ("init", "reward", "critic"):
@@ -95,6 +104,7 @@ class Run:
         torch.manual_seed(options.seed)
         self.bar, self.started, self.start = None, time.time(), 0
         self.fresh, self.lines = False, []  # a fresh run holds its first metrics back until `replace`
+        self.writer = None  # of tensorboard
 
     def path(self, name: str) -> str:
         return os.path.join(self.options.out, name)
@@ -170,6 +180,8 @@ class Run:
             self.bar.update()
             if (step + 1) % self.options.save_every == 0 and step + 1 < total:
                 self.checkpoint(step + 1)
+            if self.options.keep_every and (step + 1) % self.options.keep_every == 0:
+                self.save(self.path(f"step-{step + 1}"))
         self.bar.close()
 
     def replace(self):
@@ -178,9 +190,10 @@ class Run:
         for name in ("state.pt", "config.json", "metrics.jsonl"):
             if os.path.exists(self.path(name)):
                 os.remove(self.path(name))
+        for folder in [self.path("tensorboard"), *glob.glob(self.path("step-*"))]:
+            shutil.rmtree(folder, ignore_errors=True)
         self.fresh = False
-        with open(self.path("metrics.jsonl"), "a") as f:
-            f.writelines(self.lines)
+        self.write(self.lines)
 
     def due(self, step: int, every: int) -> bool:
         """Whether something that happens every so many steps happens after this one; the last step counts."""
@@ -199,18 +212,30 @@ class Run:
         for name, value in metrics.items():  # JSON has no NaN: null where a statistic is undefined
             line[name] = float(f"{value:.6g}") if math.isfinite(value) else None
         if self.fresh:
-            self.lines.append(json.dumps(line) + "\n")
+            self.lines.append(line)
         else:
-            with open(self.path("metrics.jsonl"), "a") as f:
-                f.write(json.dumps(line) + "\n")
+            self.write([line])
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix({name.split("/")[-1]: f"{v:.3g}" for name, v in list(metrics.items())[:4]})
+
+    def write(self, lines: list[dict]):
+        with open(self.path("metrics.jsonl"), "a") as f:
+            f.writelines(json.dumps(line) + "\n" for line in lines)
+        if self.options.logs:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = self.writer or SummaryWriter(self.path("tensorboard"))
+            for line in lines:
+                for name, value in line.items():
+                    if name not in ("step", "seconds") and value is not None:
+                        self.writer.add_scalar(name, value, line["step"])
+            self.writer.flush()
 
     # -- checkpoints
 
     def arguments(self) -> dict:
         """The options that decide what a run computes."""
-        others = "resume", "out", "compile", "log_every"
+        others = "resume", "out", "compile", "log_every", "keep_every", "logs"
         return {name: value for name, value in dataclasses.asdict(self.options).items() if name not in others}
 
     def checkpoint(self, step: int):
@@ -247,10 +272,14 @@ class Run:
                 f.writelines(lines)
         self.print(f"resuming {self.options.out} after step {self.start}")
 
-    def finish(self, info: dict | None = None):
+    def save(self, folder: str):
+        """Writes the model as a folder of its own. Only a reward model keeps its scalar head."""
+        info = {"method": self.method, "arguments": dataclasses.asdict(self.options)}
+        save_model(folder, self.modules["model"], self.tokenizer, info, head=self.method == "rm")
+
+    def finish(self):
         """Writes the finished folder, then removes the state to resume from."""
-        info = {"method": self.method, "arguments": dataclasses.asdict(self.options), **(info or {})}
-        save_model(self.options.out, self.modules["model"], self.tokenizer, info)
+        self.save(self.options.out)
         if os.path.exists(self.path("state.pt")):
             os.remove(self.path("state.pt"))
         self.print(f"wrote {self.options.out} after {time.time() - self.started:.0f} s")

