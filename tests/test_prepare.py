@@ -56,7 +56,7 @@ def files(folder):
 
 @pytest.fixture
 def run(command, tmp_path):
-    """run("hh", "--file", ...) prepares into tmp_path/"out" -> (stdout, stderr); a failure is one line and exit code 2."""
+    """run("hh", "--file", ...) prepares into tmp_path/"out" -> (stdout, stderr). A failure: one line, exit code 2."""
 
     def run(name, *arguments, fails=False):
         code, out, err = command(f"data/{name}/prepare.py", *arguments, "--out", tmp_path / "out")
@@ -151,8 +151,9 @@ def test_alpaca_with_preferences_gives_pairs_and_prompts_too(run, tmp_path, toke
     del rows[7]["chosen"]
     (tmp_path / "p.json").write_text(json.dumps(rows))
     out, _ = run("alpaca", "--file", tmp_path / "p.json")
-    assert "SFT: 100 records\n" in out and "pairs: 97 records, dropped 1 with two equal answers, dropped 1 with an empty " \
-        "answer, dropped 1 without a chosen and a rejected answer" in out
+    assert "SFT: 100 records\n" in out
+    assert ("pairs: 97 records, dropped 1 with two equal answers, dropped 1 with an empty answer, dropped 1 without a "
+            "chosen and a rejected answer") in out
     assert len(files(tmp_path / "out")) == 6
     pairs = read(tmp_path / "out/pairs_train.jsonl")
     assert {"prompt": "Count to 0.", "chosen": "One to 0.", "rejected": "No. 0"} in pairs
