@@ -11,6 +11,7 @@ trained on at any time. A tie teaches nothing and has no chosen side: ties and s
 (prefs.undecided.jsonl), so that they are not asked again. "n" numbers the judgements of both files for undoing.
 """
 
+import errno
 import io
 import json
 import os
@@ -65,9 +66,9 @@ class Judgements:
             for where, record in read_whole_lines(path):
                 if not {"prompt", "models", "n", "judgement" if path == self.undecided else "position"} <= set(record):
                     raise UserError(f"{where}: not a judgement of this tool; give another --out")
-                if sorted(record["models"]) != sorted(names):
-                    raise UserError(f"{where}: is about {' and '.join(record['models'])}, not {' and '.join(names)}; "
-                                    "give another --out")
+                if record["models"] not in (names, names[::-1]):
+                    raise UserError(f"{where}: judges {json.dumps(record['models'])}, not {json.dumps(names)}; give "
+                                    "another --out")
                 self.records.append(record)
         self.records.sort(key=lambda record: record["n"])
 
@@ -77,10 +78,12 @@ class Judgements:
     def add(self, record: dict):
         record["n"] = self.records[-1]["n"] + 1 if self.records else 1
         os.makedirs(os.path.dirname(self.path(record)) or ".", exist_ok=True)
-        with open(self.path(record), "ab", buffering=0) as f:
+        line = json.dumps(record).encode() + b"\n"
+        with open(self.path(record), "ab", buffering=0) as f:  # unbuffered: one write of the whole line
             start = f.seek(0, os.SEEK_END)
             try:
-                f.write(json.dumps(record).encode() + b"\n")  # one write: no half line, unless the disk is full
+                if f.write(line) < len(line):  # what was left of the disk
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 os.fsync(f.fileno())
             except OSError as error:
                 f.truncate(start)

@@ -252,6 +252,20 @@ def test_a_full_disk_leaves_whole_lines_and_is_told(tmp_path, monkeypatch):
     assert (tmp_path / "p.jsonl").read_bytes() == before and len(log.records) == 1
 
 
+def test_half_a_line_that_the_disk_had_room_for_is_removed(tmp_path):
+    resource = pytest.importorskip("resource")
+    log = Judgements(str(tmp_path / "p.jsonl"), MODEL)
+    log.add(record_of("q", [("m", "a"), ("m", "b")], "left"))
+    before, limits = (tmp_path / "p.jsonl").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
+        with pytest.raises(UserError, match="the last judgement is not saved"):
+            log.add(record_of("r", [("m", "a"), ("m", "b")], "left"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "p.jsonl").read_bytes() == before and len(log.records) == 1
+
+
 # ------------------------------------------------------------------------------------------------ what is judged, how
 
 
@@ -330,7 +344,7 @@ def test_one_model_against_another_is_tallied(judge, workshop):
     wins = [sum(r["models"] == pair for r in choices) for pair in ([sft, base], [base, sft])]
     assert sum(wins) == 4 and f"; {sft} {wins[0]} : {wins[1]} {base}\n" in out.split("train on them")[0]
     assert undecided[-1].keys() == {"prompt", "left", "right", "judgement", "models", "n"}
-    assert "is about" in judge("l", code=2)  # and without --against: other models
+    assert 'judges ["' in judge("l", code=2)  # and without --against: other models
 
 
 def test_the_answer_in_a_record_is_of_the_model_that_it_names():
@@ -360,7 +374,8 @@ def test_mistakes_are_one_line_and_exit_code_2(judge, workshop, options, message
     ({"prompt": "a", "chosen": "b", "rejected": "c"}, "not a judgement of this tool; give another --out"),
     ("[1]", "a record must be an object"), ('{"a": 1', "invalid JSON"),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "position": "left", "models": ["x", "y"], "n": 1},
-     "is about x and y, not"),
+     'judges ["x", "y"], not'),
+    ({"prompt": "a", "left": "b", "right": "c", "judgement": "tie", "models": ["x", "y"], "n": 1}, "not a judgement"),
 ])
 def test_a_file_of_something_else_is_refused_and_left_alone(judge, line, message):
     judge.out.parent.mkdir()

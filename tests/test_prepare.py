@@ -400,6 +400,21 @@ def test_a_failure_midway_leaves_the_old_files_as_they_were(tmp_path, monkeypatc
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
 
 
+def test_a_disk_that_is_full_when_the_last_bytes_are_written_leaves_the_old_files(tmp_path):
+    resource = pytest.importorskip("resource")
+    prepare.save(str(tmp_path), ([{"prompt": "a", "completion": "b"}], [{"prompt": "c", "completion": "d"}]), ([], []))
+    before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    limits, long = resource.getrlimit(resource.RLIMIT_FSIZE), "x" * 6000  # fits Python's buffer, not the disk
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+        with pytest.raises(OSError):
+            prepare.save(str(tmp_path), ([{"prompt": "a", "completion": long}], [{"prompt": "c", "completion": "e"}]),
+                         ([], []))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+
+
 # -------------------------------------------------------------------------------------------------------- downloads
 
 ALPACA = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
