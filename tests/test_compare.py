@@ -86,7 +86,7 @@ def test_a_conversation_is_shown_turn_by_turn():
 def test_lines_are_wrapped_by_the_columns_that_characters_take():
     assert wrap("\u4f60\u597d" * 4, 6) == ["\u4f60\u597d\u4f60", "\u597d\u4f60\u597d", "\u4f60\u597d"]
     assert wrap("\u4f60" * 3, 5) == ["\u4f60\u4f60", "\u4f60"]
-    assert cells("e\u0301") == 1 and wrap("e\u0301" * 4, 4) == ["e\u0301" * 4]
+    assert cells("\uff21\U0001f600") == 4 and cells("e\u0301") == 1 and wrap("e\u0301" * 4, 4) == ["e\u0301" * 4]
     assert wrap("ab  cd efgh", 6) == ["ab  cd", "efgh"] and wrap("abcdef gh", 4) == ["abcd", "ef", "gh"]
     assert wrap("a\n\n  b", 9) == ["a", "", "  b"] and wrap("", 5) == [""]
     assert len({line.index("|") for line in layout("q", "\u4f60\u597d", "x", 80).split("\n") if "|" in line}) == 2
@@ -266,6 +266,14 @@ def test_half_a_line_that_the_disk_had_room_for_is_removed(tmp_path):
     assert (tmp_path / "p.jsonl").read_bytes() == before and len(log.records) == 1
 
 
+def test_two_who_judge_into_one_file_at_once_lose_nothing(tmp_path):
+    logs = [Judgements(str(tmp_path / "p.jsonl"), MODEL) for _ in range(2)]
+    for log, prompt in zip(logs * 2, "abcd"):
+        log.add(record_of(prompt, [("m", "x"), ("m", "y")], "left"))
+    assert [r["prompt"] for r in logs[0].undo()] == ["c"]
+    assert [r["prompt"] for r in read(logs[0].out)] == ["a", "b", "d"]
+
+
 # ------------------------------------------------------------------------------------------------ what is judged, how
 
 
@@ -306,7 +314,16 @@ def test_pairs_are_finished_different_and_not_empty(loaded):
         assert two_answers([0, 1], tokenizer, "q", [1], compare.Config(""))[0] is None
 
 
-def test_both_sides_of_one_model_are_drawn_anew(loaded):
+def test_every_prompt_and_side_has_its_own_randomness(loaded):
+    seeds = []
+    with pytest.MonkeyPatch.context() as p:
+        p.setattr(compare, "sample_text", lambda *_, seed, **__: seeds.append(seed) or [])
+        for prompt in "abcd":
+            two_answers([0, 0], loaded[1], prompt, [1], compare.Config(""))
+    assert len(set(seeds)) == 8
+
+
+def test_the_sides_of_one_model_are_different_answers(loaded):
     (model, _), tokenizer = loaded
     ids = tokenizer.prompt([{"role": "user", "content": "Say cat!"}])
     (a, b), _ = two_answers([model, model], tokenizer, "Say cat!", ids, compare.Config("", max_new_tokens=8))
@@ -345,6 +362,12 @@ def test_one_model_against_another_is_tallied(judge, workshop):
     assert sum(wins) == 4 and f"; {sft} {wins[0]} : {wins[1]} {base}\n" in out.split("train on them")[0]
     assert undecided[-1].keys() == {"prompt", "left", "right", "judgement", "models", "n"}
     assert 'judges ["' in judge("l", code=2)  # and without --against: other models
+
+
+def test_the_screen_does_not_tell_which_model_stands_where(judge, workshop):
+    out, _, ties = judge("t" * 12, "--against", workshop.path("base"))
+    assert {r["models"][0] for r in ties} == {workshop.path("sft"), workshop.path("base")}  # on the left
+    assert [(r["left"], r["right"]) for r in ties] == [shown[1:] for shown in pairs_shown(out)]
 
 
 def test_the_answer_in_a_record_is_of_the_model_that_it_names():
