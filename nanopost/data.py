@@ -6,9 +6,10 @@
     {"prompt": ..., "chosen": ..., "rejected": ...}     reward model, DPO
     {"prompt": ...}                                     PPO, sampling, evaluation
 
-In place of a string, prompt, completion, chosen and rejected may be conversations: lists of {"role", "content"}. Other
-keys are ignored. A malformed line stops everything with its file and line. Records that do not fit the context or hold
-no target are dropped, counted, and the count is printed.
+In place of a string, prompt, completion, chosen and rejected may be conversations: lists of {"role", "content"}. A pair
+without a prompt has it in both conversations: all but their last turns. Other keys are ignored. A malformed line stops
+everything with its file and line. Records that do not fit the context or hold no target are dropped, counted, and the
+count is printed.
 """
 
 import json
@@ -33,18 +34,23 @@ def read_records(path: str):
         hint = "; python data/notes/prepare.py writes the embedded data" if path.startswith("data/notes/") else ""
         raise UserError(f"no file {path}{hint}")
     with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                raise UserError(f"{path}:{n}: not UTF-8 text") from None
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{n}: invalid JSON: {error.msg} at column {error.colno}") from None
-            if not isinstance(record, dict):
-                raise UserError(f"{path}:{n}: a record must be an object like {{\"prompt\": ...}}, not {line[:40]!r}")
-            yield f"{path}:{n}", record
+        yield from parse_records(path, f)
+
+
+def parse_records(path: str, lines):
+    """read_records of the lines, bytes each, of a file that is open or was unpacked."""
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise UserError(f"{path}:{n}: not UTF-8 text") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{n}: invalid JSON: {error.msg} at column {error.colno}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{n}: a record must be an object like {{\"prompt\": ...}}, not {line[:40]!r}")
+        yield f"{path}:{n}", record
 
 
 def conversation(where: str, record: dict, key: str, role: str) -> list[dict]:
@@ -79,6 +85,23 @@ class Example:
 
     ids: list[int]
     mask: list[bool]
+
+
+def with_prompt(where: str, pair: dict) -> dict:
+    """A pair that has its prompt inside two conversations -> the same pair with prompt, chosen and rejected apart.
+
+    Raises UserError if the sides do not share all but their last turns, or are strings: where the prompt ends in two
+    strings that begin alike, nobody knows.
+    """
+    require(where, pair, "chosen", "rejected")
+    if "prompt" in pair:
+        return pair
+    chosen, rejected = pair["chosen"], pair["rejected"]
+    if not (isinstance(chosen, list) and isinstance(rejected, list)):
+        raise UserError(f"{where}: prompt is missing; only chosen and rejected that are conversations may contain it")
+    if not chosen[:-1] or chosen[:-1] != rejected[:-1]:
+        raise UserError(f"{where}: prompt is missing, and chosen and rejected do not share all but their last turns")
+    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
 def encode_answer(tokenizer, where: str, record: dict, key: str) -> Example:
@@ -127,7 +150,7 @@ def load_pairs(path: str, tokenizer, block_size: int | None = None, limit: int |
     for where, record in read_records(path):
         if limit is not None and len(pairs) == limit:
             break
-        require(where, record, "prompt", "chosen", "rejected")
+        record = with_prompt(where, record)
         pair = tuple(encode_answer(tokenizer, where, record, key) for key in ("chosen", "rejected"))
         if block_size and max(len(side.ids) for side in pair) > block_size:
             count(dropped, f"longer than {block_size} tokens")
