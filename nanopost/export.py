@@ -129,7 +129,7 @@ def write_folder(out: str, model, tokenizer: Tokenizer):
     out = os.path.normpath(out)
     if os.path.exists(out) and (not os.path.isdir(out) or set(os.listdir(out)) not in (set(), FILES)):
         raise UserError(f"{out} is there and is no earlier export; give a new folder, or empty it")
-    save_file = extra("safetensors.torch").save_file
+    save = extra("safetensors.torch").save
     # A policy answers prompts, which are padded on the left so that all answers start in one column; a reward model
     # reads rows that are padded on the right, up to the last token that is not <|pad|>.
     padding_side = "right" if model.config.scalar_head else "left"
@@ -138,7 +138,8 @@ def write_folder(out: str, model, tokenizer: Tokenizer):
     new, old = f"{out}.{os.getpid()}.tmp", f"{out}.{os.getpid()}.old.tmp"
     os.makedirs(new)
     try:
-        save_file(tensors, os.path.join(new, "model.safetensors"), metadata={"format": "pt"})
+        with atomic(os.path.join(new, "model.safetensors"), "wb") as f:
+            f.write(save(tensors, metadata={"format": "pt"}))
         with atomic(os.path.join(new, "vocab.tiktoken")) as f:
             tokenizer.write(f)
         for name, content in files.items():

@@ -58,11 +58,11 @@ def is_pretrained(name: str) -> bool:
 
 def find_folder(name: str) -> str:
     """`name` if it is a folder; for one of GPT-2's names the folder of its download, in Hugging Face's cache."""
-    extra("safetensors.torch")  # without it there is no use in a download
     if os.path.isdir(name):
         return name
     if not is_pretrained(name):
         raise UserError(f"no folder {name}, and it is none of {', '.join(NAMES)}")
+    extra("safetensors.torch")  # without it there is no use in a download
     hub, repository = extra("huggingface_hub"), OWNER + name.removeprefix(OWNER)
     try:
         paths = [hub.hf_hub_download(repository, file) for file in ("config.json", "model.safetensors")]

@@ -18,8 +18,8 @@ from nanopost import export
 from nanopost.checkpoint import load_model, save_model
 from nanopost.config import UserError
 from nanopost.data import Example, collate
-from nanopost.huggingface import CONV1D, add_rows, to_huggingface
-from nanopost.model import GPT, GPTConfig
+from nanopost.huggingface import add_rows, to_huggingface
+from nanopost.model import GPT
 from nanopost.sampling import generate
 from nanopost.tokenizer import CHAT_TOKENS, Tokenizer
 
@@ -152,7 +152,7 @@ def test_the_sft_loss_and_all_its_gradients_are_those_of_transformers(both, monk
 # ----------------------------------------------------------------------------------------------- reading GPT-2 folders
 
 
-def write_gpt2(folder, model, tokenizer=None, prefix="", **config):
+def write_gpt2(folder, model, prefix=""):
     """A folder as the hub's gpt2 is: no prefix, causal masks among the tensors, no vocabulary of ours."""
     from safetensors.torch import save_file
 
@@ -166,10 +166,7 @@ def write_gpt2(folder, model, tokenizer=None, prefix="", **config):
     save_file(tensors, folder / "model.safetensors")
     sizes = {"vocab_size": c.vocab_size, "n_positions": c.block_size, "n_ctx": c.block_size, "n_layer": c.n_layer,
              "n_head": c.n_head, "n_embd": c.n_embd}
-    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes, "resid_pdrop": 0.1, **config}))
-    if tokenizer is not None:
-        with open(folder / "vocab.tiktoken", "w") as f:
-            tokenizer.write(f)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes, "resid_pdrop": 0.1}))
     return folder
 
 
@@ -197,7 +194,7 @@ def test_names_may_have_a_prefix_and_causal_masks_are_left_out(plain, tmp_path, 
         assert torch.equal(again.state_dict()[name][:rows], tensor[:rows]), name
 
 
-def test_a_model_in_several_files_is_read_whole(plain, safetensors, tmp_path):
+def test_a_model_in_several_files_is_read_whole(plain, safetensors):
     model, folder = plain
     whole = GPT.from_pretrained(str(folder)).state_dict()
     tensors = safetensors.load_file(folder / "model.safetensors")
@@ -256,7 +253,7 @@ def test_new_rows_do_not_depend_on_the_random_state_nor_change_it():
 
 
 @pytest.mark.parametrize("script", ["sft", "rm", "dpo", "ppo"])
-def test_every_script_starts_from_a_plain_gpt2(script, plain, workshop, tmp_path, tiny, tokenizer):
+def test_every_script_starts_from_a_plain_gpt2(script, plain, workshop, tmp_path, tokenizer):
     extra = {"reward": workshop.path("reward.py") + ":vowels"} if script == "ppo" else {}
     out = workshop.run(script, tmp_path / "out", init=str(plain[1]), steps=1, **extra)
     model, vocabulary = load_model(str(out), reward=script == "rm")
@@ -305,6 +302,7 @@ REFUSALS = {
     "a tiny context": (lambda d: edit(d, n_positions=7), "config.json: block_size must be at least 1"),
     "another vocabulary": (lambda d: edit(d, vocab_size=300),
                            "has 300 tokens, but the vocabulary gpt2 263 and 5 chat tokens"),
+    "too small a vocabulary": (lambda d: edit(d, vocab_size=262), "has 262 tokens, but the vocabulary gpt2 263 and 5"),
     "config is half": (lambda d: (d / "config.json").write_text('{"model_type": "gpt2",'), "config.json"),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors"),
@@ -321,6 +319,7 @@ REFUSALS = {
     "a matrix that is a vector": (reshape("h.0.mlp.c_fc.weight", 16), r"shape \(16,\); config.json says \(16, 64\)"),
     "too few rows": (reshape("wte.weight", 262, 16), r"wte\.weight has shape \(262, 16\); config.json says \(263,"),
     "too few positions": (reshape("wpe.weight", 32, 16), r"wpe\.weight has shape \(32, 16\); config.json says \(48, "),
+    "too many positions": (reshape("wpe.weight", 56, 16), r"wpe\.weight has shape \(56, 16\); config.json says \(48, "),
     "positions without width": (reshape("wpe.weight", 48), r"wpe\.weight has shape \(48,\)"),
     "two labels": (reshape("score.weight", 2, 16), r"score\.weight has shape \(2, 16\); config.json says \(1, 16\)"),
     "a broken vocabulary": (lambda d: (d / "vocab.tiktoken").write_text("x"), "vocab.tiktoken:1"),
@@ -351,7 +350,7 @@ def test_a_malformed_config_is_refused_by_from_pretrained_itself(plain, content,
     assert str(folder) in one_line(error)
 
 
-def test_a_name_that_is_neither_a_folder_nor_gpt2s_is_refused(tmp_path):
+def test_a_name_that_is_neither_a_folder_nor_gpt2s_is_refused():
     with pytest.raises(UserError, match="no folder gpt3, and it is none of gpt2, gpt2-medium, gpt2-large, gpt2-xl"):
         GPT.from_pretrained("gpt3")
     with pytest.raises(UserError, match="no folder out/nothing"):
@@ -397,7 +396,7 @@ def test_a_local_folder_goes_before_a_name(plain, hub, monkeypatch, tmp_path):
     assert torch.equal(load_model("gpt2")[0].wpe.weight, plain[0].wpe.weight)
 
 
-def test_a_failing_download_is_one_line_that_says_what_to_do(safetensors, hub, command, tmp_path, monkeypatch):
+def test_a_failing_download_is_one_line_that_says_what_to_do(safetensors, hub, command, tmp_path):
     def download(*_):
         raise ConnectionError("no\nnetwork")
 
@@ -503,6 +502,20 @@ def test_greedy_answers_of_transformers_are_ours(transformers, tiny, tokenizer, 
         assert [[i for i in row.tolist() if i != tokenizer.pad] for row in answers] == expected
         lengths |= {len(ids) for ids in expected}
     assert len(lengths) > 3 and 16 in lengths
+
+
+def test_context_dropout_and_the_tokenizers_habits_are_told(transformers, tiny, tokenizer, tmp_path):
+    folder = save_and_export(tmp_path, tiny(tokenizer.vocab_size, dropout=0.25), tokenizer)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    assert (config.embd_pdrop, config.attn_pdrop, config.resid_pdrop, config.n_positions) == (0.25, 0.25, 0.25, 48)
+    assert transformers.AutoTokenizer.from_pretrained(folder).model_max_length == 48
+    habits = json.loads(Path(folder, "tokenizer_config.json").read_text())
+    assert habits["model_input_names"] == ["input_ids", "attention_mask"]  # with token types, the logits are others
+    assert habits["clean_up_tokenization_spaces"] is False
+    from safetensors import safe_open
+
+    with safe_open(Path(folder, "model.safetensors"), "pt") as f:
+        assert f.metadata() == {"format": "pt"}  # without it, some versions refuse the file
 
 
 def test_a_policy_goes_out_and_in_with_the_same_bits(exported, workshop):
@@ -630,7 +643,7 @@ def test_merges_are_the_two_parts_of_a_token_in_order(tokenizer):
                                               (b"an", b"d")]
 
 
-def test_gpt2s_merges_and_vocabulary_come_back_from_the_ranks(gpt2, tmp_path):
+def test_gpt2s_merges_and_vocabulary_come_back_from_the_ranks(gpt2):
     files = Path(os.environ["NANOPOST_GPT2_FILES"])
     model = export.tokenizer_files(gpt2, 1024, "left")["tokenizer.json"]["model"]
     assert model["merges"] == files.joinpath("vocab.bpe").read_text(encoding="utf-8").split("\n")[1:-1]
@@ -688,7 +701,7 @@ def test_a_folder_that_is_no_export_is_not_overwritten(safetensors, command, wor
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("failing", ["save_file", "dump"])
+@pytest.mark.parametrize("failing", ["save", "dump"])
 def test_an_export_that_fails_in_the_middle_leaves_what_was_there(failing, safetensors, workshop, exported, tmp_path,
                                                                   monkeypatch):
     shutil.copytree(exported("rm"), tmp_path / "old")
@@ -697,7 +710,7 @@ def test_an_export_that_fails_in_the_middle_leaves_what_was_there(failing, safet
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(*{"save_file": (safetensors, "save_file"), "dump": (json, "dump")}[failing], fail)
+    monkeypatch.setattr(*{"save": (safetensors, "save"), "dump": (json, "dump")}[failing], fail)
     for name in ("old", "new"):
         with pytest.raises(OSError, match="disk full"):
             export.main(export.Config(workshop.path("sft"), str(tmp_path / name)))
