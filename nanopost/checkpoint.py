@@ -13,6 +13,7 @@ import os
 import torch
 
 from nanopost.config import UserError
+from nanopost.huggingface import is_pretrained, load_pretrained
 from nanopost.model import GPT, GPTConfig
 from nanopost.tokenizer import Tokenizer, load_tokenizer
 
@@ -49,13 +50,23 @@ def save_model(folder: str, model: GPT, tokenizer: Tokenizer, info: dict, head: 
         json.dump({**info, "model": dataclasses.asdict(config)}, f, indent=1)
 
 
-def load_model(folder: str, device="cpu", reward: bool = False) -> tuple[GPT, Tokenizer]:
-    """The model and the tokenizer of a finished run; `reward` says which kind is wanted: a reward or a language model.
+def load_model(name: str, device="cpu", reward: bool | None = False) -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer of a finished run, or a GPT-2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in
+    Hugging Face's layout. `reward` says which kind is wanted: a reward or a language model; None: either.
 
     Dropout is off (eval mode): with it, two log-probabilities of the same answer would not be comparable.
 
     Raises UserError if the folder is missing, unfinished, of the other kind, or if its parts do not fit together.
     """
+    model, tokenizer = load_pretrained(name) if is_pretrained(name) else load_run(name)
+    if reward not in (None, model.config.scalar_head):
+        kinds = "a language model", "a reward model"
+        raise UserError(f"{name} holds {kinds[not reward]}; here {kinds[reward]} is needed")
+    return model.to(device).eval(), tokenizer
+
+
+def load_run(folder: str) -> tuple[GPT, Tokenizer]:
+    """The model and the tokenizer that save_model wrote."""
     if not os.path.isdir(folder):
         raise UserError(f"no folder {folder}")
     try:
@@ -65,14 +76,11 @@ def load_model(folder: str, device="cpu", reward: bool = False) -> tuple[GPT, To
         raise UserError(f"{folder} holds no finished model (no config.json); --resume its training") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}/config.json does not describe a model: {error}") from None
-    if config.scalar_head != reward:
-        kinds = "a language model", "a reward model"
-        raise UserError(f"{folder} holds {kinds[config.scalar_head]}; here {kinds[reward]} is needed")
     tokenizer, model = load_tokenizer(os.path.join(folder, "vocab.tiktoken")), GPT(config)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"{folder}: the vocabulary has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     model.load_state_dict(load_tensors(os.path.join(folder, "model.pt"), model))
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer
 
 
 def load_file(path: str):

@@ -126,6 +126,14 @@ class GPT(nn.Module):
             elif "ln_" not in name:  # GPT-2: N(0, 0.02), residual projections shrunk so that the sum keeps its size
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
 
+    @classmethod
+    def from_pretrained(cls, name: str, new_tokens: int = 0):
+        """OpenAI's GPT-2, by a name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or from a folder in Hugging Face's layout,
+        with rows for so many more tokens. What it reads and what it raises: nanopost/huggingface.py."""
+        from nanopost.huggingface import from_pretrained  # which imports this file
+
+        return from_pretrained(name, new_tokens)
+
     def add_head(self, std: float):
         """Gives the model a fresh scalar head: weights N(0, std), bias 0 (std 0: it says 0 everywhere)."""
         self.config.scalar_head = True

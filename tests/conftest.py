@@ -4,12 +4,14 @@ import importlib
 import json
 import os
 import runpy
+import shutil
 import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +21,7 @@ for folder in (ROOT / "data" / "notes", ROOT):
 
 from nanopost.model import GPT, GPTConfig  # noqa: E402
 from nanopost.checkpoint import save_model  # noqa: E402
-from nanopost.tokenizer import Tokenizer  # noqa: E402
+from nanopost.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -72,6 +74,19 @@ def tokenizer():
 def tiny():
     """make_model: a function that makes a tiny model."""
     return make_model
+
+
+@pytest.fixture
+def gpt2(tmp_path, monkeypatch):
+    """The GPT-2 tokenizer from OpenAI's two files, copied to where tiktoken's cache looks for them."""
+    folder = Path(os.environ.get("NANOPOST_GPT2_FILES", ""))
+    if not (folder / "vocab.bpe").exists() or not (folder / "encoder.json").exists():
+        pytest.skip("NANOPOST_GPT2_FILES names no folder with GPT-2's vocab.bpe and encoder.json")
+    shutil.copy(folder / "vocab.bpe", tmp_path / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
+    shutil.copy(folder / "encoder.json", tmp_path / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    return load_tokenizer("gpt2")
 
 
 @pytest.fixture

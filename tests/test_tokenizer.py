@@ -1,10 +1,7 @@
 """The tokenizer and the chat format: what is a target, and that no text can inject a special token."""
 
 import base64
-import os
 import random
-import shutil
-from pathlib import Path
 
 import pytest
 import tiktoken
@@ -162,19 +159,6 @@ def test_a_missing_vocabulary_or_a_folder_in_its_place_is_refused(tmp_path):
         load_tokenizer(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="no vocabulary at"):
         load_tokenizer(str(tmp_path))
-
-
-@pytest.fixture
-def gpt2(tmp_path, monkeypatch):
-    """The GPT-2 tokenizer from OpenAI's two files, copied to where tiktoken's cache looks for them."""
-    folder = Path(os.environ.get("NANOPOST_GPT2_FILES", ""))
-    if not (folder / "vocab.bpe").exists() or not (folder / "encoder.json").exists():
-        pytest.skip("NANOPOST_GPT2_FILES names no folder with GPT-2's vocab.bpe and encoder.json")
-    shutil.copy(folder / "vocab.bpe", tmp_path / "6d1cbeee0f20b3d9449abfede4726ed8212e3aee")
-    shutil.copy(folder / "encoder.json", tmp_path / "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
-    return load_tokenizer("gpt2")
 
 
 def test_gpt2_tokens_are_gpt2s_and_the_chat_tokens_come_after_endoftext(gpt2):
