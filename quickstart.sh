@@ -20,11 +20,17 @@ $python data/notes/annotate.py --seed $seed --policy $out/sft --out $out/prefs
 $python train_rm.py --seed $seed --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl --out $out/rm
 
 # DPO: the preferences without a reward model
-$python train_dpo.py --seed $seed --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl --out $out/dpo
+$python train_dpo.py --seed $seed --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl --keep-every 50 --out $out/dpo
 
-# RLHF, second half: PPO against the reward model
-$python train_ppo.py --seed $seed --init $out/sft --reward $out/rm --prompts data/notes/prompts_train.jsonl --out $out/ppo
+# RLHF, second half: PPO against the reward model; and once more without the KL penalty, to see the reward model being hacked
+$python train_ppo.py --seed $seed --init $out/sft --reward $out/rm --keep-every 5 --out $out/ppo
+$python train_ppo.py --seed $seed --init $out/sft --reward $out/rm --beta 0 --keep-every 5 --out $out/ppo-beta0
+
+# a picture: the models that were kept on the way, by the true reward and by the reward model, against KL (needs matplotlib)
+$python -m nanopost.evaluate $out/sft $out/dpo/step-* $out/ppo/step-* $out/ppo-beta0/step-* --reference $out/sft --reward $out/rm \
+    --gold data/notes/gold.py:score --limit 200 --samples 1 --show 0 --json $out/kl.json
+$python -m nanopost.plot $out/kl.json $out/sft $out/rm $out/dpo $out/ppo $out/ppo-beta0 --out $out/plots || echo "(no pictures)"
 
 # what came of it, on held-out prompts, by the true reward that no training saw
-$python -m nanopost.evaluate $out/base $out/sft $out/dpo $out/ppo --reference $out/sft --reward $out/rm --gold data/notes/gold.py:score \
-    --prompts data/notes/prompts_eval.jsonl --pairs $out/prefs/valid.jsonl --since $started --json $out/report.json
+$python -m nanopost.evaluate $out/base $out/sft $out/dpo $out/ppo $out/ppo-beta0 --reference $out/sft --reward $out/rm \
+    --gold data/notes/gold.py:score --pairs $out/prefs/valid.jsonl --since $started --json $out/report.json

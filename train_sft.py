@@ -30,7 +30,7 @@ from nanopost.tokenizer import DEFAULT_VOCAB, load_tokenizer
 
 @dataclass
 class Config(Options):
-    init: str = "scratch"  # the folder of a run to start from, or scratch
+    init: str = "scratch"  # what to start from: the folder of a run, gpt2 (or -medium, -large, -xl), or scratch
     data: str = "data/notes/sft_train.jsonl"  # records to learn from
     valid: str = "data/notes/sft_valid.jsonl"  # held-out records; empty: none
     out: str = "out/sft"  # folder to write; an earlier run there is replaced
@@ -48,6 +48,7 @@ class Config(Options):
     warmup: float = 0.03  # share of the steps with rising learning rate; then linear decay to 0
     weight_decay: float = 0.0  # of the matrices
     grad_clip: float = 1.0  # largest norm of the gradient; 0: none
+    max_new_tokens: int = 80  # longest answer of the samples shown
     eval_every: int = 500  # steps between two held-out evaluations
 
 
@@ -131,7 +132,7 @@ def main(config: Config):
                 loss = evaluate(model, valid, run.device)
             run.log(step, {"eval/loss": loss})
             run.print(f"step {step}: held-out loss {loss:.3f} nats/token")
-            run.print(show_answers(model, tokenizer, prompts, block_size // 2))
+            run.print(show_answers(model, tokenizer, prompts, min(config.max_new_tokens, block_size // 2)))
 
     # loop
     if not run.begin({"model": model}, optimizer, tokenizer, total):

@@ -187,6 +187,7 @@ def test_dpo_losses_are_equation_7_on_whole_answers():
     at_most(distance(losses, torch.log1p((-0.3 * h).exp())), 1e-12)
     at_most(distance(stats["rewards/margins"], 0.3 * h), 1e-12)
     at_most(distance(stats["logps/chosen"], gpt_logprobs(policy)[[i for i, _ in rows]]), 1e-12)
+    assert not any(stat.requires_grad for stat in stats.values())
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -481,6 +482,9 @@ def test_an_update_of_the_reward_model_reports_its_accuracy_and_margin(micro_bat
     for name in ("loss", "accuracy", "margin"):
         at_most(abs(stats[name] - expected[name]), 1e-6)
     assert 0 < expected["accuracy"] < 1
+    undecided = tiny_gpt(1).add_head(std=0.0)  # a tie is not right
+    assert train_rm.update(Run("rm", config), undecided, optimizer, PAIRS, config)["accuracy"] == 0
+    assert train_rm.evaluate(undecided, PAIRS, "cpu")["accuracy"] == 0
 
 
 # ------------------------------------------------------------------------------------------------- best of n, the limit

@@ -242,6 +242,7 @@ def test_dpo_learns_a_toy_preference(workshop, tmp_path, metrics):
     out = workshop.run("dpo", tmp_path / "out", steps=30, eval_every=30)
     first, last = (line for line in metrics(out) if "eval/loss" in line)
     assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-5) and first["eval/rewards/margins"] == 0
+    assert first["eval/rewards/accuracies"] == 0  # a tie is not right
     assert last["eval/rewards/accuracies"] == 1.0 and last["eval/rewards/margins"] > 0.5
     assert last["eval/loss"] < first["eval/loss"] - 0.2
 
