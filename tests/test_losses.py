@@ -227,6 +227,15 @@ def test_policy_loss_is_the_mean_over_response_tokens_or_the_sum_over_a_count():
     assert policy_loss(zeros, zeros, advantages, RESPONSE, count=20).item() == pytest.approx(expected / 20)
 
 
+def test_losses_have_a_finite_gradient_whatever_stands_outside_the_mask():
+    new, values = torch.zeros(3, 6).double().requires_grad_(), torch.zeros(3, 6).double().requires_grad_()
+    junk = torch.where(RESPONSE, 0.0, -1e4)  # a ratio of e^10000 is infinite, and infinity times 0 is no number
+    policy_loss(new, junk, torch.ones(3, 6), RESPONSE).backward()
+    value_loss(values, junk, torch.ones(3, 6), RESPONSE).backward()
+    for x in (new, values):
+        assert (x.grad[~RESPONSE] == 0).all() and x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("value, old, target, loss, learns", [
     (1.0, 0.0, 2.0, 0.5 * 1.8**2, False),  # moved towards the target by more than the clip: no further
     (1.0, 0.0, 0.0, 0.5 * 1.0, True),  # moved away from the target: the whole error counts
