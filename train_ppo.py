@@ -131,7 +131,7 @@ def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, co
     advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
     return {"ids": ids, "mask": mask, "lengths": samples.lengths, "old_logprobs": old, "old_values": values,
             "returns": returns, "raw_advantages": advantages, "advantages": whiten(advantages, mask), "scores": scores,
-            "kl": (old - ref).masked_fill(~mask, 0.0).sum(1), "entropy": -old.sum(1), "ended": samples.ended,
+            "kl": (old - ref).sum(1), "entropy": -old.sum(1), "ended": samples.ended,
             "distinct": torch.tensor(len({tuple(answer) for answer in samples.responses()}) / len(ids))}
 
 

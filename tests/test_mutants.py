@@ -1,4 +1,4 @@
-"""Planted mistakes. Each one is a plausible slip in one line, most of them found in published code; for each, at least
+"""Planted mistakes. Each one is a plausible slip in one line, many of them found in published code; for each, at least
 one of the properties that the other files prove must fail. So the proofs have teeth.
 
     python -m pytest tests/test_mutants.py -v       one line a mistake
@@ -214,7 +214,7 @@ MUTANTS = {
         ("returns from whitened advantages", "\"returns\": returns", "\"returns\": whiten(advantages, mask) + values"),
         ("advantages not whitened", "whiten(advantages, mask), \"scores\"", "advantages, \"scores\""),
         ("values of the next token", "critic.scalar(critic(ids))[:, :-1]", "critic.scalar(critic(ids))[:, 1:]"),
-        ("the mean KL a token, not the sum", "0.0).sum(1), \"entropy\"", "0.0).mean(1), \"entropy\""),
+        ("the mean KL a token, not the sum", "ref).sum(1), \"entropy\"", "ref).mean(1), \"entropy\""),
         ("lambda not handed on", "mask, config.gamma, config.lam)", "mask, config.gamma)"),
         ("gamma not handed on", "mask, config.gamma, config.lam)", "mask, 1.0, config.lam)"),
     ],

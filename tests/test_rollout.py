@@ -107,13 +107,14 @@ def test_the_score_is_paid_on_the_last_token_whether_the_end_comes_first_later_l
     assert kinds == {(1, True), (2, True), (3, True), (3, False)}
 
 
-def test_the_kl_of_an_answer_is_the_difference_of_its_log_probabilities():
+def test_the_kl_and_the_entropy_of_an_answer_are_those_of_its_log_probabilities():
     policy, reference = tiny_gpt(1).add_head(std=0.0), tiny_gpt(2)
     batch, answers, _ = rollout(policy, reference)
     for row, answer in enumerate(answers.tolist()):
         prompt = PROMPTS[row % 3]
         expected = (gpt_logprobs(policy, prompt) - gpt_logprobs(reference, prompt))[answer]
         at_most((batch["kl"][row] - expected).abs(), 1e-12)
+        at_most((batch["entropy"][row] + gpt_logprobs(policy, prompt)[answer]).abs(), 1e-12)
 
 
 def test_penalty_score_and_values_make_the_returns_and_advantages():
