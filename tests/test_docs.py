@@ -26,7 +26,7 @@ def commands():
             line = line.strip().strip("`")
             if match := PYTHON.match(line):
                 command = re.sub(r"\s#.*|\s{2,}.*|`.*| \|\| .*", "", line[match.end():])  # no comment after it
-                words = shlex.split(re.sub(r"\$(seed|started)", "0", command))
+                words = shlex.split(re.sub(r"\$(seed|started|i)\b", "0", command))
                 target, arguments = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
                 yield path.relative_to(ROOT).as_posix(), target, arguments
 
