@@ -56,12 +56,14 @@ def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> t
 
 @torch.no_grad()
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int, *, temperature: float = 1.0,
-             top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None, pad: int = 0,
-             on_token=None) -> Samples:
+             top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None,
+             noise: torch.Tensor | None = None, pad: int = 0, on_token=None) -> Samples:
     """Samples one response to each prompt (lists of ids), of at most max_new_tokens with the end token counted.
 
-    temperature 0 is greedy. `on_token(ids)`, for streaming, is called with each step's tokens, a list of those of
-    the rows still going. Raises ValueError for an empty prompt, or one that leaves no room in the context.
+    temperature 0 is greedy. All chance is in `noise`, (R, max_new_tokens) uniform numbers in [0, 1), drawn with
+    `generator` if not given: a row's response depends on its prompt and its noise and on no other row. `on_token(ids)`,
+    for streaming, is called with each step's tokens, a list of those of the rows still going. Raises ValueError for an
+    empty prompt, or one that leaves no room in the context.
     """
     lengths = torch.tensor([len(p) for p in prompts])
     R, P, block = len(prompts), int(lengths.max()), model.config.block_size
@@ -79,6 +81,10 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
     logprobs = model.wte.weight.new_zeros(R, S - 1)
     values = torch.zeros_like(logprobs) if model.head is not None else None
     ended = torch.zeros(R, dtype=torch.bool, device=device)
+    if temperature > 0:
+        if noise is None:
+            noise = torch.rand(R, max_new_tokens, generator=generator, device=generator.device if generator else None)
+        noise = noise.to(logprobs)
 
     autocast = torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else model.wte.weight.dtype
@@ -94,8 +100,10 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
             token = logp.argmax(-1)
         else:
             logp = filter_logits(logits / temperature, top_k, top_p).log_softmax(-1)
-            race = torch.empty_like(logp).exponential_(generator=generator)  # argmax p/E with E ~ Exp(1) is a sample
-            token = (logp - race.log()).argmax(-1)  # (n,)
+            below = logp.exp().cumsum(-1)  # (n, V): the probability of all tokens up to this one
+            total = below[:, -1:]  # 1 up to rounding; a token is where the noise falls, and never beyond the last
+            where = torch.minimum(noise[rows, step, None] * total, total.nextafter(total.new_zeros(1)))
+            token = torch.searchsorted(below, where, right=True)[:, 0]  # (n,)
         live, column = ~ended[rows], cache.pos
         ids[rows, column] = torch.where(live, token, ids[rows, column])
         logprobs[rows, column - 1] = torch.where(live, logp.gather(1, token[:, None])[:, 0], 0.0)
@@ -123,17 +131,17 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
 
 def sample_text(model: GPT, tokenizer, prompts: list[list[int]], max_new_tokens: int, *, batch_size: int = 512,
                 temperature: float = 1.0, seed: int = 0) -> list[dict]:
-    """Samples a response to each prompt in batches of like length; in the order of the prompts.
+    """Samples a response to each prompt in batches of like length, whose size changes nothing; in the prompts' order.
 
     Returns a dict each: prompt_ids, ids (the response, end token included), text, ended, logprob (its sum, nats).
     """
-    generator = torch.Generator(model.device).manual_seed(seed)
+    noise = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out = [None] * len(prompts)
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         samples = generate(model, [prompts[i] for i in part], max_new_tokens, tokenizer.end, temperature=temperature,
-                           generator=generator, pad=tokenizer.pad)
+                           noise=noise[part], pad=tokenizer.pad)
         totals = samples.logprobs.cpu().double().sum(1).tolist()
         for i, ids, ended, logprob in zip(part, samples.responses(), samples.ended.tolist(), totals):
             out[i] = {"prompt_ids": prompts[i], "ids": ids + [tokenizer.end] * ended, "text": tokenizer.decode(ids),

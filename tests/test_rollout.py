@@ -76,6 +76,17 @@ def test_a_row_alone_says_what_it_says_in_a_batch():
         at_most((alone.logprobs.sum() - together.logprobs[row].sum()).abs(), 1e-12)
 
 
+def test_an_answer_depends_on_its_prompt_and_its_own_noise_and_on_no_other_row():
+    """So neither the size of a batch nor who is in it, nor when ended rows are dropped, changes what is sampled."""
+    model, prompts = tiny_gpt(1), PROMPTS * 20
+    noise = torch.rand(len(prompts), LONGEST, generator=torch.Generator().manual_seed(1))
+    with mock.patch.object(sampling, "CHECK_EVERY", 1):
+        together = generate(model, prompts, LONGEST, END, noise=noise).responses()
+        apart = [generate(model, prompts[i : i + 7], LONGEST, END, noise=noise[i : i + 7]).responses()
+                 for i in range(0, len(prompts), 7)]
+    assert together == sum(apart, []) and len(set(map(tuple, together))) > 10
+
+
 def rollout(policy, reference, n=8, beta=0.0, critic=None, **options):
     """PPO's rollout with the reward random_scores(1) of an answer, and the numbers of the answers, row by row."""
     config = train_ppo.Config(device="cpu", max_new_tokens=LONGEST, **options)
