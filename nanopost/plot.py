@@ -149,8 +149,8 @@ def legend(figure, runs, styles: dict[str, dict]):
 
 def short_name(path: str, taken) -> str:
     """The last part of a path; where that is taken, all of it."""
-    name = os.path.basename(os.path.normpath(path)).removesuffix(".json")
-    return name if name not in taken else os.path.normpath(path).replace(os.sep, "-")
+    path = os.path.normpath(path).removesuffix(".json")
+    return path.replace(os.sep, "-") if os.path.basename(path) in taken else os.path.basename(path)
 
 
 def main(config: Config):
