@@ -15,6 +15,7 @@ distinct    distinct answers / answers
 
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 
@@ -162,14 +163,15 @@ def main(config: Config):
         values = measure(samples, sequence_logprobs(model, samples), sequence_logprobs(reference, samples), rewards,
                          true_reward(samples), reference_gold)
         parts = os.path.normpath(folder).split(os.sep)
-        stage = "/".join(parts[-2:] if parts[-1].startswith("step-") else parts[-1:])  # ppo/step-10
+        stage = "/".join(parts[-2:] if re.fullmatch(r"step-\d+", parts[-1]) else parts[-1:])  # ppo/step-10
         rows.append({"stage": stage, **summary(values, config.samples)})
         answers.append((stage, samples, values))
 
+    width = max(8, *(len(row["stage"]) for row in rows))
     for i in range(min(config.show, len(ids))):
         print(f"\n{tokenizer.decode(ids[i])}")
         for stage, samples, values in answers:
-            print(f"  {stage:>8}" + (f" {values['gold'][i]:+5.2f}" if gold else "") + f"  {samples[i]['text']}")
+            print(f"  {stage:>{width}}" + (f" {values['gold'][i]:+5.2f}" if gold else "") + f"  {samples[i]['text']}")
     print(f"\n{len(ids)} answers to {len(ids) // config.samples} prompts of {config.prompts}\n\n{table(rows)}\n")
 
     report = {"rows": rows, "gold_max": getattr(gold, "__globals__", {}).get("GOLD_MAX")}

@@ -47,10 +47,12 @@ def load_reward(spec: str, tokenizer, owner: str, block_size: int, device):
 
 
 def load_judge(spec: str, tokenizer, owner: str, block_size: int, device):
-    """As load_reward, for samples as sample_text returns them: score(prompts, samples) -> (N,), on the CPU."""
+    """As load_reward, for samples as sample_text returns them: score(prompts, samples) -> (N,), on the CPU. What a
+    function returns keeps its precision, so that 0.7 is not below a threshold of 0.7."""
     if ".py:" in spec:
         function = load_function(spec)
-        return lambda prompts, samples: torch.tensor(call_reward(function, prompts, [s["text"] for s in samples]))
+        return lambda prompts, samples: torch.tensor(call_reward(function, prompts, [s["text"] for s in samples]),
+                                                     dtype=torch.float64)
     model = load_reward_model(spec, tokenizer, owner, block_size, device)
     return lambda prompts, samples: score_samples(model, samples)
 

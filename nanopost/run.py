@@ -91,14 +91,15 @@ class Run:
         if options.logs and importlib.util.find_spec("tensorboard") is None:
             raise UserError('--logs tensorboard needs a package: pip install tensorboard (or "nanopost[logs]")')
         positive = "log_every", "save_every", "eval_every", "batch_size", "minibatches", "max_new_tokens"
-        smallest = dict.fromkeys(positive, 1)
-        for name, bound in (smallest | dict.fromkeys(("seed", "micro_batch", "lr", "weight_decay", "keep_every"), 0)).items():
+        others = "seed", "micro_batch", "lr", "weight_decay", "keep_every"
+        for name, bound in (dict.fromkeys(positive, 1) | dict.fromkeys(others, 0)).items():
             if getattr(options, name, bound) < bound:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {bound}")
         for name in ("init", "reward", "critic"):
-            folder = getattr(options, name, "")
-            if os.path.isdir(folder) and os.path.realpath(folder) == os.path.realpath(options.out):
-                raise UserError(f"--out and --{name} are both {folder}; a run may not overwrite what it starts from")
+            folder, out = getattr(options, name, ""), os.path.realpath(options.out)
+            if os.path.isdir(folder) and out in (path := os.path.realpath(folder), os.path.dirname(path)):  # a kept copy
+                raise UserError(f"--out and --{name} are {options.out} and {folder}; a run may not overwrite what it "
+                                "starts from")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         torch.set_float32_matmul_precision("high")  # TF32 where there are tensor cores
         torch.manual_seed(options.seed)
@@ -178,10 +179,10 @@ class Run:
             if self.fresh:
                 self.replace()
             self.bar.update()
+            if self.options.keep_every and (step + 1) % self.options.keep_every == 0:
+                self.save(self.path(f"step-{step + 1}"))  # before the checkpoint: resuming there will not make it again
             if (step + 1) % self.options.save_every == 0 and step + 1 < total:
                 self.checkpoint(step + 1)
-            if self.options.keep_every and (step + 1) % self.options.keep_every == 0:
-                self.save(self.path(f"step-{step + 1}"))
         self.bar.close()
 
     def replace(self):
@@ -190,8 +191,8 @@ class Run:
         for name in ("state.pt", "config.json", "metrics.jsonl"):
             if os.path.exists(self.path(name)):
                 os.remove(self.path(name))
-        for folder in [self.path("tensorboard"), *glob.glob(self.path("step-*"))]:
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in ["tensorboard", *glob.glob("step-[0-9]*", root_dir=self.options.out)]:
+            shutil.rmtree(self.path(folder), ignore_errors=True)
         self.fresh = False
         self.write(self.lines)
 
@@ -224,7 +225,11 @@ class Run:
         if self.options.logs:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = self.writer or SummaryWriter(self.path("tensorboard"))
+            if self.writer is None:  # after --resume too it shows what metrics.jsonl holds, every step once
+                shutil.rmtree(self.path("tensorboard"), ignore_errors=True)
+                self.writer = SummaryWriter(self.path("tensorboard"))
+                with open(self.path("metrics.jsonl")) as f:
+                    lines = [json.loads(line) for line in f]
             for line in lines:
                 for name, value in line.items():
                     if name not in ("step", "seconds") and value is not None:

@@ -28,10 +28,11 @@ from nanopost.sampling import sample_text
 class Config:
     policy: str  # the folder of a model
     prompts: str = "data/notes/prompts_train.jsonl"  # prompts to answer
-    out: str = "out/samples.jsonl"  # file to write: {"prompt", "completion", "score", "logprob"} a line
+    out: str = "out/samples.jsonl"  # file to write: {"prompt", "completion", "logprob", "score"} a line
     n: int = 1  # answers to each prompt
     reward: str = ""  # what scores them: the folder of a reward model, or file.py:function
-    keep: str = "all"  # all, or best: of each prompt only the answer with the highest score
+    keep: str = "all"  # all, or best: of each prompt only the answer with the highest score. Never kept are answers
+    # that are empty or do not end
     threshold: float = -math.inf  # only answers with at least this score (ReST raises it from round to round)
     gold: str = ""  # a second judge, file.py:function: its mean is printed and decides nothing
     limit: int = 0  # prompts to use at most; 0: all
@@ -43,22 +44,25 @@ class Config:
 
 
 def best_of(scores: torch.Tensor) -> torch.Tensor:
-    """The best of every prompt's n answers: scores (P, n) -> the column of the highest (P,)."""
+    """The best of every prompt's n answers: scores (P, n) -> the column of the highest (P,), the first of equal ones."""
     return scores.argmax(1)
 
 
 def kl_of_best_of(n: int) -> float:
-    """The most that KL(best of n || policy) can be, in nats per answer; reached when no two answers score the same."""
+    """The most that KL(best of n || policy) can be, in nats per answer (Beirami et al., arXiv 2401.01879). It comes
+    close where no answer is likely and no two score the same."""
     return math.log(n) - (n - 1) / n
 
 
 def main(config: Config):
     if min(config.n, config.max_new_tokens, config.batch_size) < 1 or config.limit < 0 or config.temperature < 0:
-        raise UserError("--n, --max-new-tokens and --batch-size must be at least 1, --limit and --temperature at least 0")
+        raise UserError("--n, --max-new-tokens, --batch-size must be at least 1, --limit and --temperature at least 0")
     if config.keep not in ("all", "best"):
         raise UserError(f"--keep must be all or best, not {config.keep}")
     if not config.reward and (config.keep == "best" or config.threshold > -math.inf):
         raise UserError("--keep best and --threshold need a judge: give --reward")
+    if os.path.isdir(config.out):
+        raise UserError(f"--out must be a file; {config.out} is a folder")
     device = find_device(config.device)
     model, tokenizer = load_model(config.policy, device)
     freeze(model)
@@ -68,46 +72,48 @@ def main(config: Config):
     prompts, ids = load_prompts(config.prompts, tokenizer, block_size - config.max_new_tokens, config.limit or None)
     os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
 
-    kept, means, unfinished, low = [], {"score": [], "gold": []}, 0, 0
+    kept, means, unusable, low = [], {"score": [], "gold": []}, 0, 0
     size = max(1, config.batch_size // config.n)  # prompts at a time
-    for start in tqdm(range(0, len(prompts), size), desc="sampling", disable=None):
-        some = prompts[start : start + size]
-        samples = sample_text(model, tokenizer, [i for i in ids[start : start + size] for _ in range(config.n)],
-                              config.max_new_tokens, batch_size=config.batch_size, temperature=config.temperature,
-                              seed=config.seed * 1_000_003 + start)
-        asked = [prompt for prompt in some for _ in range(config.n)]
-        chosen = range(len(samples))
-        if score:
-            scores = score(asked, samples)  # (P * n,)
-            means["score"] += scores.tolist()
-            if config.keep == "best":
-                best = best_of(scores.view(len(some), config.n))
-                chosen = (torch.arange(len(some)) * config.n + best).tolist()
-        if gold:
-            truth = gold(asked, samples)
-            means["gold"] += truth.tolist()
-        for i in chosen:
-            if not samples[i]["ended"] or not samples[i]["text"].strip():
-                unfinished += 1  # train_sft.py would teach it an end that it never had
-            elif score and scores[i] < config.threshold:
-                low += 1
-            else:
-                kept.append({"prompt": asked[i], "completion": samples[i]["text"], "logprob": samples[i]["logprob"]}
-                            | ({"score": scores[i].item()} if score else {})
-                            | ({"gold": truth[i].item()} if gold else {}))
-    if not kept:
-        raise UserError(f"none of the answers can be kept ({unfinished} do not end or are empty, {low} are below "
-                        "--threshold); train longer, raise --max-new-tokens or lower --threshold")
-    with atomic(config.out) as f:
-        f.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-    print(f"{config.out}: {len(kept):,} of {len(prompts) * config.n:,} answers to {len(prompts):,} prompts; left out "
-          f"{unfinished:,} that do not end or are empty, {low:,} below the threshold")
-    for name, all_of_them in means.items():
-        if all_of_them:
+    with atomic(config.out) as f:  # opened now: where nothing can be written, that shows before the sampling
+        for start in tqdm(range(0, len(prompts), size), desc="sampling", disable=None):
+            some = prompts[start : start + size]
+            samples = sample_text(model, tokenizer, [i for i in ids[start : start + size] for _ in range(config.n)],
+                                  config.max_new_tokens, batch_size=config.batch_size, temperature=config.temperature,
+                                  seed=config.seed * 1_000_003 + start)
+            asked = [prompt for prompt in some for _ in range(config.n)]
+            # train_sft.py would teach an answer without an end one that it never had, and refuses an empty one
+            usable = torch.tensor([s["ended"] and s["text"].strip() != "" for s in samples])  # (P * n,)
+            unusable += int((~usable).sum())
+            chosen = range(len(samples))
+            if score:
+                scores = score(asked, samples)  # (P * n,)
+                means["score"] += scores.tolist()
+                if config.keep == "best":
+                    best = best_of(scores.masked_fill(~usable, -math.inf).view(len(some), config.n))
+                    chosen = (torch.arange(len(some)) * config.n + best).tolist()
+            if gold:
+                truth = gold(asked, samples)
+                means["gold"] += truth.tolist()
+            for i in chosen:
+                if usable[i] and score and scores[i] < config.threshold:
+                    low += 1
+                elif usable[i]:
+                    kept.append({"prompt": asked[i], "completion": samples[i]["text"], "logprob": samples[i]["logprob"]}
+                                | ({"score": scores[i].item()} if score else {})
+                                | ({"gold": truth[i].item()} if gold else {}))
+        if not kept:
+            raise UserError(f"none of the answers can be kept: {unusable:,} do not end or are empty, {low:,} are below "
+                            "--threshold; train longer, raise --max-new-tokens or lower --threshold")
+        f.writelines(json.dumps(record) + "\n" for record in kept)
+    print(f"{config.out}: {len(kept):,} of {len(prompts) * config.n:,} answers to {len(prompts):,} prompts; "
+          f"{unusable:,} do not end or are empty, {low:,} are below the threshold")
+    for name, values in means.items():
+        if values:
             mean = sum(record[name] for record in kept) / len(kept)
-            print(f"mean {name}: {sum(all_of_them) / len(all_of_them):.2f} of all, {mean:.2f} of those kept")
-    if config.keep == "best":
-        print(f"best of {config.n}: at most {kl_of_best_of(config.n):.2f} nats of KL to {config.policy}")
+            print(f"mean {name}: {sum(values) / len(values):.2f} of all, {mean:.2f} of those kept")
+    if config.keep == "best" and len(kept) == len(prompts):  # where a prompt is left out, this would not hold
+        print(f"best of {config.n}: at most {kl_of_best_of(config.n):.2f} nats of KL to {config.policy} at temperature "
+              f"{config.temperature:g}")
 
 
 if __name__ == "__main__":

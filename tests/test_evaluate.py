@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import statistics
 from types import SimpleNamespace
 
@@ -156,6 +157,18 @@ def test_the_report_has_a_row_for_each_policy_with_every_column_and_its_error(tm
     assert result["seconds"] >= 0
     out = capsys.readouterr().out
     assert "15 answers to 5 prompts" in out and "win_rate" in out
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_kept_copy_is_named_after_its_run_and_its_step(tmp_path, workshop, options, slash, capsys):
+    folders = [tmp_path / name for name in ("ppo/step-10", "dpo/step-10", "ppo", "step-by")]
+    for folder in folders:
+        shutil.copytree(workshop.path("sft"), folder, dirs_exist_ok=True)
+    rows = report(tmp_path, options, policies=[f"{folder}{slash}" for folder in folders], show=1)["rows"]
+    assert [row["stage"] for row in rows] == ["ppo/step-10", "dpo/step-10", "ppo", "step-by"]
+    out = capsys.readouterr().out
+    assert "| ppo/step-10 |" in out and "| ppo         |" in out
+    assert "\n  ppo/step-10 " in out and "\n          ppo " in out  # the answers stand below each other
 
 
 def test_the_reference_itself_has_kl_0_and_another_policy_more(tmp_path, options):

@@ -31,7 +31,22 @@ def one_line(error) -> str:
 
 
 def contents(folder) -> dict:
-    return {p.name: p.read_bytes() for p in Path(folder).iterdir()}
+    """{path in the folder: what is in the file}"""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def tensors(folder) -> dict:
+    return torch.load(Path(folder) / "model.pt", weights_only=True)
+
+
+def assert_same_tensors(a: dict, b: dict):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), f"{name} differs"
+
+
+def copies(folder) -> list[str]:
+    return sorted(path.name for path in Path(folder).glob("step-*"))
 
 
 # ------------------------------------------------------------------------------------------------------ atomic()
@@ -268,7 +283,8 @@ def run(tmp_path, tiny, tokenizer):
     return run
 
 
-@pytest.mark.parametrize("wrong", [{"device": "abacus"}, {"dtype": "int8"}, {"log_every": 0}, {"save_every": 0}])
+@pytest.mark.parametrize("wrong", [{"device": "abacus"}, {"dtype": "int8"}, {"log_every": 0}, {"save_every": 0},
+                                   {"keep_every": -1}, {"logs": "paper"}])
 def test_an_impossible_option_is_a_user_error(tmp_path, wrong):
     with pytest.raises(UserError) as error:
         Run("test", Options(**{"out": str(tmp_path / "out"), "device": "cpu", **wrong}))
@@ -332,9 +348,15 @@ def test_a_mistake_that_shows_in_the_first_step_leaves_an_earlier_run_whole(work
     assert contents(tmp_path / "out") == earlier
 
 
-def test_a_run_may_not_overwrite_what_it_starts_from(workshop):
+def test_a_run_may_not_overwrite_what_it_starts_from(workshop, tmp_path):
     with pytest.raises(UserError, match="--out and --init"):
         workshop.run("dpo", workshop.path("sft"), init=workshop.path("sft"))
+    kept = workshop.run("dpo", tmp_path / "out", steps=2, keep_every=1) / "step-1"  # a fresh run removes it
+    with pytest.raises(UserError, match="--out and --init") as error:
+        workshop.run("dpo", tmp_path / "out", init=str(kept))
+    one_line(error)
+    load_model(str(kept))
+    workshop.run("dpo", tmp_path / "other", init=str(kept), steps=1)
 
 
 def test_a_fresh_run_forgets_what_an_earlier_one_left(workshop, tmp_path, metrics):
@@ -366,10 +388,7 @@ def die_after(monkeypatch, step):
 
 def assert_same_run(metrics, one, other):
     assert sorted(contents(one)) == sorted(contents(other))
-    a, b = (torch.load(Path(folder) / "model.pt", weights_only=True) for folder in (one, other))
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), f"{name} differs"
+    assert_same_tensors(tensors(one), tensors(other))
     assert metrics(one, "seconds") == metrics(other, "seconds")
 
 
@@ -464,9 +483,10 @@ def test_resuming_the_run_of_another_script_is_refused(workshop, interrupted):
         workshop.run("dpo", interrupted, resume=True, **LONG)
 
 
-def test_how_often_it_logs_may_change_when_resuming(workshop, interrupted):
-    workshop.run("sft", interrupted, resume=True, log_every=3, **LONG)
+def test_how_often_it_logs_and_keeps_may_change_when_resuming(workshop, interrupted):
+    workshop.run("sft", interrupted, resume=True, log_every=3, keep_every=1, **LONG)
     assert (interrupted / "config.json").exists()
+    assert copies(interrupted) == ["step-5", "step-6"]  # those of the steps that were still to be made
 
 
 def test_an_unfinished_folder_is_not_taken_for_a_model(interrupted):
