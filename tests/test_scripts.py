@@ -477,12 +477,14 @@ def test_ppo_statistics_are_masked_means_by_hand_over_the_response_tokens(worksh
     assert stats["policy/clipfrac"].item() == pytest.approx(outside.float().mean().item())
     assert stats["val/clipfrac"].item() == pytest.approx((clipped > (values - returns) ** 2).float().mean().item())
     assert stats["val/ratio"].item() == pytest.approx(ratio.mean().item(), rel=1e-4)
+    assert stats["val/ratio_var"].item() == pytest.approx(((ratio - 1) ** 2).mean().item(), rel=1e-3)  # about 1 so far
+    assert stats["policy/approxkl"].item() == pytest.approx((ratio.log() ** 2 / 2).mean().item(), rel=1e-3)
     assert 0 < stats["val/clipfrac"] < 1 and 0 < stats["policy/clipfrac"] < 1  # neither is trivially right
 
 
 def test_ppo_ratio_variance_is_about_its_own_mean_whatever_the_micro_batches(workshop, tmp_path, monkeypatch):
-    """Two parts with the sums of ratios {1, 2} and {3}: mean 2, variance 2/3."""
-    parts = iter([(3 / 3, (0 + 1) / 3), (3 / 3, 4 / 3)])
+    """Two parts with the ratios {1, 2} and {6}: mean 3, variance 14/3."""
+    parts = iter([(3 / 3, (0 + 1) / 3), (6 / 3, 25 / 3)])
 
     def fake(policy, critic, batch, rows, count, config):
         mean, square = next(parts)
@@ -495,8 +497,8 @@ def test_ppo_ratio_variance_is_about_its_own_mean_whatever_the_micro_batches(wor
     batch = {"ids": torch.zeros(3, 4), "mask": torch.ones(3, 3, dtype=torch.bool), "lengths": torch.tensor([4, 4, 4])}
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     history = train_ppo.update(Run("ppo", config), policy, None, optimizer, batch, config)
-    assert float(history[0]["val/ratio"]) == pytest.approx(2.0)
-    assert float(history[0]["val/ratio_var"]) == pytest.approx(2 / 3)
+    assert float(history[0]["val/ratio"]) == pytest.approx(3.0)
+    assert float(history[0]["val/ratio_var"]) == pytest.approx(14 / 3)
 
 
 def test_ppo_makes_exactly_epochs_times_minibatches_steps_even_when_they_do_not_divide(workshop, tmp_path, watched):
@@ -515,10 +517,11 @@ def test_ppo_distinct_counts_answers_and_not_prompts(workshop, tmp_path, watched
 
 
 def test_ppo_updates_use_every_answer_once_an_epoch(workshop, tmp_path, monkeypatch):
-    seen, minibatch_loss = [], train_ppo.minibatch_loss
+    seen, lengths, minibatch_loss = [], [], train_ppo.minibatch_loss
 
     def watch(policy, critic, batch, rows, *rest):
         seen.append(rows.tolist())
+        lengths.append(batch["lengths"][rows].tolist())
         return minibatch_loss(policy, critic, batch, rows, *rest)
 
     monkeypatch.setattr(train_ppo, "minibatch_loss", watch)
@@ -527,6 +530,9 @@ def test_ppo_updates_use_every_answer_once_an_epoch(workshop, tmp_path, monkeypa
     epochs = [rows[i : i + 8] for i in range(0, len(rows), 8)]
     assert [sorted(epoch) for epoch in epochs] == [list(range(8))] * 3
     assert [len(part) for part in seen] == [3, 1] * 6
+    for first, second in zip(lengths[::2], lengths[1::2]):  # like lengths together in a minibatch's parts
+        assert first + second == sorted(first + second)
+    assert any(first + second != sorted(first + second, reverse=True) for first, second in zip(lengths[::2], lengths[1::2]))
     assert set(epochs[0][:4]) != set(epochs[1][:4]) or set(epochs[1][:4]) != set(epochs[2][:4])
 
 
