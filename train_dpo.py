@@ -87,15 +87,14 @@ def batch_loss(policy, pairs, ref_logprobs, beta, label_smoothing, device):
 
 def update(run, policy, optimizer, pairs, ref_logprobs, config):
     """One optimizer step on a batch of pairs with their ref_logprobs (B, 2); returns the means of its statistics."""
-    parts = []
-    for rows in split(list(range(len(pairs))), config.micro_batch):
+    means = {}
+    for rows in split(run.shard(list(range(len(pairs)))), config.micro_batch):
         with run.autocast():
             losses, stats = batch_loss(policy, [pairs[i] for i in rows], ref_logprobs[rows], config.beta,
                                        config.label_smoothing, run.device)
         run.backward(losses.sum() / len(pairs))  # one denominator: the pairs of the whole step
-        parts.append(stats)
-    means = {name: torch.cat([part[name] for part in parts]).mean() for name in parts[0]}
-    return {**means, "grad_norm": run.update(optimizer, config.grad_clip)}
+        means = {name: means.get(name, 0.0) + values.sum() / len(pairs) for name, values in stats.items()}
+    return {**run.sum(means), "grad_norm": run.update(optimizer, config.grad_clip)}
 
 
 @torch.no_grad()
@@ -121,7 +120,7 @@ def main(config: Config):
 
     # the reference is the policy before its first step: its log-probabilities are constants of the data
     with run.autocast():
-        ref_logprobs = reference_logprobs(policy, pairs, run.device)
+        ref_logprobs = run.gather(reference_logprobs(policy, run.shard(pairs), run.device))
         valid_ref_logprobs = reference_logprobs(policy, valid, run.device)
 
     optimizer = adamw(policy.parameters(), config.lr)

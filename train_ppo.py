@@ -114,14 +114,14 @@ def value_loss(values, old_values, returns, mask, clip=0.2, count=None):
 
 
 @torch.no_grad()
-def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, config, beta, generator=None):
+def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, config, beta, noise=None):
     """Samples an answer to each prompt and computes all that the updates need; score(prompts, samples) -> (B,).
 
-    Returns a dict: ids (B, T); lengths, scores, kl, entropy, ended (B,); distinct (); the rest (B, T-1). Log-probs and
-    values (critic None: of the shared trunk) are those of the sampling pass; the first minibatch finds them again.
+    Returns a dict: ids (B, T); lengths, scores, kl, entropy, ended (B,); the rest (B, T-1). Log-probs and values (critic
+    None: of the shared trunk) are those of the sampling pass; the first minibatch finds them again. noise: generate's.
     """
     samples = generate(policy, prompt_ids, config.max_new_tokens, tokenizer.end, temperature=config.temperature,
-                       generator=generator, pad=tokenizer.pad)
+                       noise=noise, pad=tokenizer.pad)
     ids, mask, old = samples.ids, samples.mask, samples.logprobs
     index = mask.flatten().nonzero()[:, 0]
     ref = reference.logprobs(reference(ids), ids, index, config.temperature)
@@ -130,9 +130,8 @@ def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, co
     rewards = token_rewards(scores, old, ref, mask, beta)
     advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
     return {"ids": ids, "mask": mask, "lengths": samples.lengths, "old_logprobs": old, "old_values": values,
-            "returns": returns, "raw_advantages": advantages, "advantages": whiten(advantages, mask), "scores": scores,
-            "kl": (old - ref).sum(1), "entropy": -old.sum(1), "ended": samples.ended,
-            "distinct": torch.tensor(len({tuple(answer) for answer in samples.responses()}) / len(ids))}
+            "returns": returns, "advantages": advantages, "scores": scores, "kl": (old - ref).sum(1),
+            "entropy": -old.sum(1), "ended": samples.ended}
 
 
 def minibatch_loss(policy, critic, batch, rows, count, config):
@@ -160,17 +159,18 @@ def minibatch_loss(policy, critic, batch, rows, count, config):
 
 def update(run, policy, critic, optimizer, batch, config):
     """Exactly epochs x minibatches optimizer steps on one rollout; returns the statistics of every step."""
-    history = []
+    batch, history = {**batch, "advantages": whiten(batch["advantages"], batch["mask"])}, []
     for _ in range(config.epochs):
         for rows in torch.randperm(len(batch["ids"])).tensor_split(config.minibatches):
             rows = rows[batch["lengths"][rows].cpu().argsort()]  # like lengths together: less padding
             count = batch["mask"][rows].sum()  # one denominator: the response tokens of the whole minibatch
             total = {}
-            for part in split(rows, config.micro_batch):
+            for part in split(run.shard(rows), config.micro_batch):
                 with run.autocast():
                     loss, stats = minibatch_loss(policy, critic, batch, part, count, config)
                 run.backward(loss)
                 total = {name: value + total.get(name, 0.0) for name, value in stats.items()}
+            total = run.sum(total)
             total["val/ratio_var"] -= (total["val/ratio"] - 1) ** 2  # so far it was the mean of (ratio - 1)^2
             history.append(total | {"grad_norm": run.update(optimizer, config.grad_clip)})
     return history
@@ -181,18 +181,19 @@ def statistics(batch, history, beta):
     mask, kl, scores = batch["mask"], batch["kl"].mean(), batch["scores"].mean()
     returns, errors = batch["returns"][mask], (batch["returns"] - batch["old_values"])[mask]
     means = {name: sum(h[name] for h in history) / len(history) for name in history[0]}  # over the updates
+    distinct = len({tuple(ids[m].tolist()) for ids, m in zip(batch["ids"][:, 1:], mask)})
     return {**means, "val/first_approxkl": history[0]["policy/approxkl"], "val/first_ratio": history[0]["val/ratio"],
             "objective/scores": scores, "objective/kl": kl, "objective/entropy": batch["entropy"].mean(),
             "objective/non_score_reward": -beta * kl, "objective/rlhf_reward": scores - beta * kl, "beta": beta,
             "val/explained_variance": 1 - errors.var(correction=0) / returns.var(correction=0),
             "returns/mean": returns.mean(), "returns/var": returns.var(correction=0),
-            "advantages/mean": batch["raw_advantages"][mask].mean(), "response/length": mask.sum(1).float().mean(),
-            "response/ended": batch["ended"].float().mean(), "response/distinct": batch["distinct"]}
+            "advantages/mean": batch["advantages"][mask].mean(), "response/length": mask.sum(1).float().mean(),
+            "response/ended": batch["ended"].float().mean(), "response/distinct": distinct / len(mask)}
 
 
 def adapt(beta, kl, target, answers, horizon):
     """Ziegler et al.'s controller (arXiv 1909.08593): at most 20% up or down per `horizon` answers."""
-    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * answers / horizon)
+    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * answers / horizon) if target else beta
 
 
 def main(config: Config):
@@ -200,25 +201,24 @@ def main(config: Config):
     # the policy, its values, the reference it must stay near, and what judges the answers
     policy, tokenizer = load_model(config.init, run.device)
     reference, block_size = freeze(copy.deepcopy(policy)), policy.config.block_size
-    critic = None
-    if config.critic:
-        critic = load_reward_model(config.critic, tokenizer, config.init, block_size, run.device).requires_grad_(True)
-    else:
+    critic = (load_reward_model(config.critic, tokenizer, config.init, block_size, run.device).requires_grad_(True)
+              if config.critic else None)
+    if critic is None:
         policy.add_head(std=0.0)  # values begin at 0 and do not disturb the trunk
     score = load_reward(config.reward, tokenizer, config.init, block_size, run.device)
     room = block_size - config.max_new_tokens
     prompts, prompt_ids = load_prompts(config.prompts, tokenizer, room)
     valid, valid_ids = load_prompts(config.valid, tokenizer, room, config.eval_prompts) if config.valid else ([], [])
-    if config.minibatches > config.batch_size or min(config.epochs, config.kl_horizon) < 1 or config.temperature <= 0:
-        raise UserError("needed: --epochs, --kl-horizon >= 1, --temperature > 0 and --minibatches <= --batch-size")
+    if config.minibatches * run.world > config.batch_size or config.epochs < 1 or config.temperature <= 0:
+        raise UserError("needed: --epochs >= 1, --temperature > 0 and --minibatches <= --batch-size (a process)")
     trained = {"model": policy} if critic is None else {"model": policy, "critic": critic}
     optimizer = adamw([p for model in trained.values() for p in model.parameters()], config.lr, eps=1e-5)
 
     def report(step):
-        generator = torch.Generator(run.device).manual_seed(config.seed)  # looking must not change what comes next
+        generator = torch.Generator().manual_seed(config.seed)  # looking must not change what comes next
+        noise, beta = torch.rand(len(valid), config.max_new_tokens, generator=generator), run.extra["beta"]
         with run.autocast():
-            batch = rollout(policy, critic, reference, score, valid, valid_ids, tokenizer, config, run.extra["beta"],
-                            generator)
+            batch = rollout(policy, critic, reference, score, valid, valid_ids, tokenizer, config, beta, noise)
         means = {f"eval/{name}": batch[name].float().mean() for name in ("scores", "kl", "entropy", "ended")}
         run.log(step, means)
         run.print(f"step {step}, held-out: " + ", ".join(f"{name[5:]} {value:.2f}" for name, value in means.items()))
@@ -233,12 +233,12 @@ def main(config: Config):
     for step in run.steps():
         beta, rows = run.extra["beta"], list(islice(order, config.batch_size))
         lr = run.set_lr(optimizer, config.lr * schedule(step, config.steps, config.warmup))
+        mine, noise = run.shard(rows), run.shard(torch.rand(len(rows), config.max_new_tokens))
         with run.autocast():
-            batch = rollout(policy, critic, reference, score, [prompts[i] for i in rows],
-                            [prompt_ids[i] for i in rows], tokenizer, config, beta)
+            batch = run.gather(rollout(policy, critic, reference, score, [prompts[i] for i in mine],
+                                       [prompt_ids[i] for i in mine], tokenizer, config, beta, noise))
         history = update(run, policy, critic, optimizer, batch, config)
-        if config.kl_target:
-            run.extra["beta"] = adapt(beta, batch["kl"].mean().item(), config.kl_target, len(rows), config.kl_horizon)
+        run.extra["beta"] = adapt(beta, batch["kl"].mean().item(), config.kl_target, len(rows), config.kl_horizon)
         if run.due(step, config.log_every):
             run.log(step + 1, {**statistics(batch, history, beta), "lr": lr})
         if run.due(step, config.eval_every) and valid:

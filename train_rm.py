@@ -62,7 +62,7 @@ def score_pairs(model, pairs, device):
 def update(run, model, optimizer, pairs, config):
     """One optimizer step on a batch of pairs; returns its loss, accuracy and margin and the gradient's norm."""
     stats = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-    for part in split(pairs, config.micro_batch):
+    for part in split(run.shard(pairs), config.micro_batch):
         share = len(part) / len(pairs)  # the mean is over the pairs of the whole step
         with run.autocast():
             chosen, rejected = score_pairs(model, part, run.device)
@@ -71,7 +71,7 @@ def update(run, model, optimizer, pairs, config):
         stats["loss"] += loss.detach()
         stats["accuracy"] += (chosen > rejected).float().mean() * share
         stats["margin"] += (chosen - rejected).detach().mean() * share
-    return {**stats, "grad_norm": run.update(optimizer, config.grad_clip)}
+    return {**run.sum(stats), "grad_norm": run.update(optimizer, config.grad_clip)}
 
 
 @torch.no_grad()

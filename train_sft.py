@@ -76,15 +76,14 @@ def batch_loss(model, batch, count=None):
 
 def update(run, model, optimizer, examples, config):
     """One optimizer step on a batch of examples; returns its loss and the gradient's norm."""
-    micros = [collate(part, run.device) for part in split(examples, config.micro_batch)]
-    count = sum(micro.targets for micro in micros)  # one denominator for the whole step
+    count = sum(sum(example.mask[1:]) for example in examples)  # one denominator for the whole step
     loss = 0.0
-    for micro in micros:
+    for rows in split(run.shard(examples), config.micro_batch):
         with run.autocast():
-            part = batch_loss(model, micro, count)
+            part = batch_loss(model, collate(rows, run.device), count)
         run.backward(part)
         loss += part.detach()
-    return {"loss": loss, "grad_norm": run.update(optimizer, config.grad_clip)}
+    return {**run.sum({"loss": loss}), "grad_norm": run.update(optimizer, config.grad_clip)}
 
 
 @torch.no_grad()

@@ -251,5 +251,5 @@ def batches(lengths: list[int], batch_size: int, seed: int = 0, window: int = 16
 
 def split(rows: list, size: int) -> list[list]:
     """The micro-batches of a batch: consecutive parts of at most `size` rows (0: all in one)."""
-    size = size or len(rows)
+    size = size or max(1, len(rows))
     return [rows[i : i + size] for i in range(0, len(rows), size)]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from nanopost import distributed
 from nanopost.checkpoint import atomic, load_file, save_model
 from nanopost.config import UserError
 from nanopost.tokenizer import Tokenizer
@@ -80,7 +81,8 @@ class Run:
     """
 
     def __init__(self, method: str, options: Options):
-        self.method, self.options, self.device = method, options, find_device(options.device)
+        self.method, self.options = method, options
+        self.device, self.rank, self.world = distributed.start(find_device(options.device))
         cuda = self.device.type == "cuda"
         best = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "fp32"
         if options.dtype not in ("auto", *DTYPES):
@@ -90,7 +92,7 @@ class Run:
             raise UserError(f"--logs must be tensorboard or nothing, not {options.logs}")
         if options.logs and importlib.util.find_spec("tensorboard") is None:
             raise UserError('--logs tensorboard needs a package: pip install tensorboard (or "nanopost[logs]")')
-        positive = "log_every", "save_every", "eval_every", "batch_size", "minibatches", "max_new_tokens"
+        positive = "log_every", "save_every", "eval_every", "batch_size", "minibatches", "max_new_tokens", "kl_horizon"
         others = "seed", "micro_batch", "lr", "weight_decay", "keep_every"
         for name, bound in (dict.fromkeys(positive, 1) | dict.fromkeys(others, 0)).items():
             if getattr(options, name, bound) < bound:
@@ -129,13 +131,25 @@ class Run:
 
     def update(self, optimizer, grad_clip: float) -> torch.Tensor:
         """Clips the gradient's norm, makes the optimizer's step, clears the gradients; returns the norm."""
-        self.scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        distributed.add_gradients(parameters)
+        self.scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         return norm
+
+    # -- several processes: each works on its share of a batch, and what it computes is added up
+
+    def shard(self, rows):
+        return distributed.shard(rows)
+
+    def sum(self, stats: dict) -> dict:
+        return distributed.add_up(stats, self.device)
+
+    def gather(self, x):
+        return distributed.gather(x, self.device)
 
     # -- the loop
 
@@ -161,6 +175,7 @@ class Run:
             if self.options.resume:
                 self.print(f"there is nothing to resume in {self.options.out}: starting from the beginning")
             self.fresh = True
+        distributed.same_start(modules)
         if self.options.compile and self.device.type == "cuda":
             for model in modules.values():
                 for block in model.h:
@@ -171,9 +186,11 @@ class Run:
         """The steps still to do, 0..total-1, with a progress bar and a checkpoint every save_every steps."""
         total = self.total
         parameters = sum(p.numel() for p in self.modules["model"].parameters())
-        self.print(f"{self.method}: {total} steps on {self.device}, {str(self.dtype)[6:]}, {torch.get_num_threads()} "
-                   f"threads, {parameters / 1e6:.2f}M parameters -> {self.options.out}")
-        self.bar = tqdm(total=total, initial=self.start, desc=self.method, disable=None, dynamic_ncols=True)
+        many = f" x {self.world}" if self.world > 1 else ""
+        self.print(f"{self.method}: {total} steps on {self.device}{many}, {str(self.dtype)[6:]}, "
+                   f"{torch.get_num_threads()} threads, {parameters / 1e6:.2f}M parameters -> {self.options.out}")
+        self.bar = tqdm(total=total, initial=self.start, desc=self.method, disable=self.rank > 0 or None,
+                        dynamic_ncols=True)
         for step in range(self.start, total):
             yield step
             if self.fresh:
@@ -188,12 +205,14 @@ class Run:
     def replace(self):
         """What an earlier run left in the folder goes when the new one has made its first step, not before: a mistake
         that shows at once costs nothing."""
+        self.fresh = False
+        if self.rank:
+            return
         for name in ("state.pt", "config.json", "metrics.jsonl"):
             if os.path.exists(self.path(name)):
                 os.remove(self.path(name))
         for folder in ["tensorboard", *glob.glob("step-[0-9]*", root_dir=self.options.out)]:
             shutil.rmtree(self.path(folder), ignore_errors=True)
-        self.fresh = False
         self.write(self.lines)
 
     def due(self, step: int, every: int) -> bool:
@@ -220,6 +239,8 @@ class Run:
             self.bar.set_postfix({name.split("/")[-1]: f"{v:.3g}" for name, v in list(metrics.items())[:4]})
 
     def write(self, lines: list[dict]):
+        if self.rank:
+            return
         with open(self.path("metrics.jsonl"), "a") as f:
             f.writelines(json.dumps(line) + "\n" for line in lines)
         if self.options.logs:
@@ -245,6 +266,8 @@ class Run:
 
     def checkpoint(self, step: int):
         """Everything that the rest of the run depends on, in one file: it is the old one or the new one, never half."""
+        if self.rank:
+            return
         state = {
             "step": step, "arguments": self.arguments(), "extra": self.extra,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
@@ -270,7 +293,7 @@ class Run:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.start, self.extra = state["step"], state["extra"]
         self.started = time.time() - state["seconds"]
-        if os.path.exists(self.path("metrics.jsonl")):  # drop the lines of steps that will be made again
+        if os.path.exists(self.path("metrics.jsonl")) and not self.rank:  # drop the lines of steps that will be made again
             with open(self.path("metrics.jsonl")) as f:
                 lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= self.start]
             with atomic(self.path("metrics.jsonl")) as f:
@@ -279,12 +302,15 @@ class Run:
 
     def save(self, folder: str):
         """Writes the model as a folder of its own. Only a reward model keeps its scalar head."""
+        if self.rank:
+            return
         info = {"method": self.method, "arguments": dataclasses.asdict(self.options)}
         save_model(folder, self.modules["model"], self.tokenizer, info, head=self.method == "rm")
 
     def finish(self):
         """Writes the finished folder, then removes the state to resume from."""
         self.save(self.options.out)
-        if os.path.exists(self.path("state.pt")):
+        if os.path.exists(self.path("state.pt")) and not self.rank:
             os.remove(self.path("state.pt"))
         self.print(f"wrote {self.options.out} after {time.time() - self.started:.0f} s")
+        distributed.stop()

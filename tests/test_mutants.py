@@ -44,9 +44,10 @@ MUTANTS = {
         ("the count not handed on", ", count)", ")"),
     ],
     train_sft.update: [
-        ("a mean of means over micro-batches", "batch_loss(model, micro, count)",
-         "batch_loss(model, micro) / len(micros)"),
-        ("only the last micro-batch learns", "run.backward(part)", "run.backward(part) if micro is micros[-1] else 0"),
+        ("a mean of means over micro-batches", "run.device), count)",
+         "run.device)) / len(split(examples, config.micro_batch))"),
+        ("only the last micro-batch learns", "run.backward(part)", "run.backward(part * (rows[-1] is examples[-1]))"),
+        ("the first token counted, which nothing predicts", "example.mask[1:]", "[True] + example.mask[1:]"),
     ],
     collate: [
         ("the mask not shifted", "mask = mask[:, 1:]", "mask = mask[:, :-1]"),
@@ -212,9 +213,8 @@ MUTANTS = {
         ("cut-off answers are paid like others", "torch.where(samples.ended, score(prompts, samples).to(old), "
          "config.missing_end_score)", "score(prompts, samples).to(old)"),
         ("returns from whitened advantages", "\"returns\": returns", "\"returns\": whiten(advantages, mask) + values"),
-        ("advantages not whitened", "whiten(advantages, mask), \"scores\"", "advantages, \"scores\""),
         ("values of the next token", "critic.scalar(critic(ids))[:, :-1]", "critic.scalar(critic(ids))[:, 1:]"),
-        ("the mean KL a token, not the sum", "ref).sum(1), \"entropy\"", "ref).mean(1), \"entropy\""),
+        ("the mean KL a token, not the sum", "(old - ref).sum(1)", "(old - ref).mean(1)"),
         ("lambda not handed on", "mask, config.gamma, config.lam)", "mask, config.gamma)"),
         ("gamma not handed on", "mask, config.gamma, config.lam)", "mask, 1.0, config.lam)"),
     ],
@@ -231,6 +231,7 @@ MUTANTS = {
         ("a mean of means over micro-batches", "count = batch[\"mask\"][rows].sum()",
          "count = batch[\"mask\"][rows].sum() / len(split(rows, config.micro_batch)) ** 0.5"),
         ("one epoch only", "range(config.epochs)", "range(1)"),
+        ("advantages not whitened", "whiten(batch[\"advantages\"], batch[\"mask\"])", "batch[\"advantages\"]"),
         ("minibatches make no steps of their own", "tensor_split(config.minibatches)", "tensor_split(1)"),
     ],
     generate: [

@@ -372,8 +372,7 @@ def test_ppo_advantages_come_from_the_score_the_kl_and_the_values(workshop, tmp_
         rewards[row, mask[row].nonzero()[-1, 0]] += batch["scores"][row]
     advantages = gae_by_double_sum(rewards, batch["old_values"], mask, 1.0, 0.9)
     torch.testing.assert_close(batch["returns"], (advantages + batch["old_values"]) * mask, rtol=1e-3, atol=1e-3)
-    expected = (advantages - advantages[mask].mean()) / advantages[mask].std(correction=0) * mask
-    torch.testing.assert_close(batch["advantages"], expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(batch["advantages"], advantages * mask, rtol=1e-3, atol=1e-3)
 
 
 def test_ppo_gives_answers_that_do_not_end_the_missing_end_score(workshop, tmp_path, watched):
@@ -494,7 +493,8 @@ def test_ppo_ratio_variance_is_about_its_own_mean_whatever_the_micro_batches(wor
     monkeypatch.setattr(train_ppo, "minibatch_loss", fake)
     config = workshop.config("ppo", tmp_path / "out", epochs=1, minibatches=1, micro_batch=2)
     policy = load_model(workshop.path("sft"))[0]
-    batch = {"ids": torch.zeros(3, 4), "mask": torch.ones(3, 3, dtype=torch.bool), "lengths": torch.tensor([4, 4, 4])}
+    batch = {"ids": torch.zeros(3, 4), "mask": torch.ones(3, 3, dtype=torch.bool), "lengths": torch.tensor([4, 4, 4]),
+             "advantages": torch.randn(3, 3)}
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     history = train_ppo.update(Run("ppo", config), policy, None, optimizer, batch, config)
     assert float(history[0]["val/ratio"]) == pytest.approx(3.0)
@@ -506,13 +506,14 @@ def test_ppo_makes_exactly_epochs_times_minibatches_steps_even_when_they_do_not_
     assert [len(history) for history in watched.histories] == [3 * 4]
 
 
-def test_ppo_distinct_counts_answers_and_not_prompts(workshop, tmp_path, watched):
+def test_ppo_distinct_counts_answers_and_not_prompts(workshop, tmp_path, watched, metrics):
     """Nearly greedy and one token long: different prompts get the same answer."""
-    workshop.run("ppo", tmp_path / "out", steps=1, batch_size=24, max_new_tokens=1, temperature=0.01, eval_every=100)
+    out = workshop.run("ppo", tmp_path / "out", steps=1, batch_size=24, max_new_tokens=1, temperature=0.01, eval_every=100)
     batch = max(watched.rollouts, key=lambda rollout: len(rollout["ids"]))  # not that of the held-out prompts
     last = batch["ids"][torch.arange(24), batch["lengths"] - 1]
     answers = {token if not ended else "end" for token, ended in zip(last.tolist(), batch["ended"].tolist())}
-    assert float(batch["distinct"]) == pytest.approx(len(answers) / 24)
+    [distinct] = [line["response/distinct"] for line in metrics(out) if "response/distinct" in line]
+    assert distinct == pytest.approx(len(answers) / 24, rel=1e-4)
     assert len(answers) < len({tuple(row) for row in batch["ids"].tolist()})
 
 
@@ -532,7 +533,7 @@ def test_ppo_updates_use_every_answer_once_an_epoch(workshop, tmp_path, monkeypa
     assert [len(part) for part in seen] == [3, 1] * 6
     for first, second in zip(lengths[::2], lengths[1::2]):  # like lengths together in a minibatch's parts
         assert first + second == sorted(first + second)
-    assert any(first + second != sorted(first + second, reverse=True) for first, second in zip(lengths[::2], lengths[1::2]))
+    assert len(set(sum(lengths, []))) > 1
     assert set(epochs[0][:4]) != set(epochs[1][:4]) or set(epochs[1][:4]) != set(epochs[2][:4])
 
 
