@@ -99,7 +99,7 @@ class Run:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {bound}")
         for name in ("init", "reward", "critic"):
             folder, out = getattr(options, name, ""), os.path.realpath(options.out)
-            if os.path.isdir(folder) and out in (path := os.path.realpath(folder), os.path.dirname(path)):  # a kept copy
+            if os.path.isdir(folder) and out in (path := os.path.realpath(folder), os.path.dirname(path)):  # a copy
                 raise UserError(f"--out and --{name} are {options.out} and {folder}; a run may not overwrite what it "
                                 "starts from")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)

@@ -44,7 +44,7 @@ class Config:
 
 
 def best_of(scores: torch.Tensor) -> torch.Tensor:
-    """The best of every prompt's n answers: scores (P, n) -> the column of the highest (P,), the first of equal ones."""
+    """The best of every prompt's n answers: scores (P, n) -> its column (P,), the first of equal ones."""
     return scores.argmax(1)
 
 

@@ -1,4 +1,4 @@
-"""Pictures: what is drawn are the numbers of metrics.jsonl and of the reports, and whatever else lies there is named."""
+"""Pictures: what is drawn are the numbers of metrics.jsonl and of the reports; whatever else lies there is named."""
 
 import importlib.util
 import json
@@ -80,7 +80,7 @@ def test_a_folder_without_metrics_is_no_run(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"rows": 3}', '{"rows": [1]}', '{"rows": ["stage kl"]}',
-                                  '{"rows": []}', '{"rows": [{"stage": "ppo"}]}', '{"rows": [{"stage": "a", "kl": 1}]}'])
+                                  '{"rows": []}', '{"rows": [{"stage": "a"}]}', '{"rows": [{"stage": "a", "kl": 1}]}'])
 def test_a_file_without_rewards_and_kl_is_no_report(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     assert read_report(str(tmp_path / "x.json")) is None
@@ -254,11 +254,12 @@ def test_runs_and_reports_of_the_same_name_do_not_hide_each_other(runs, figures,
     monkeypatch.chdir(tmp_path)
     for folder in ("a", "b"):
         shutil.copytree(runs["sft"], tmp_path / folder / "sft")
-        write_report(tmp_path / folder / "sft.json", [row(folder, 1.0, 2.0)])
-    drawings = figures("a/sft", "b/sft", "a/sft.json", "b/sft.json")
+        for name in ("sft.json", "kl.json"):
+            write_report(tmp_path / folder / name, [row(folder, 1.0, 2.0)])
+    drawings = figures("a/sft", "b/sft", "a/sft.json", "b/sft.json", "a/kl.json", "b/kl.json")
     assert list(drawings["sft"]) == ["sft", "b-sft"]
-    assert drawings.keys() == {"sft", "a-sft", "b-sft"}
-    assert drawings["b-sft"] == [row("b", 1.0, 2.0)]
+    assert drawings.keys() == {"sft", "a-sft", "b-sft", "kl", "b-kl"}
+    assert drawings["kl"] == [row("a", 1.0, 2.0)] and drawings["b-kl"] == [row("b", 1.0, 2.0)]
 
 
 def test_each_report_has_a_picture_of_its_own_since_each_has_its_own_reference(figures, tmp_path):

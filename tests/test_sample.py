@@ -1,4 +1,4 @@
-"""Sampling to a file: what is kept is what was asked for, train_sft.py learns from it, and best of n is what it says."""
+"""Sampling to a file: what is kept is what was asked for, train_sft.py learns from it, best of n is what it says."""
 
 import itertools
 import json
@@ -76,7 +76,7 @@ def seen(monkeypatch):
 
 @pytest.fixture
 def scripted(monkeypatch, tokenizer):
-    """scripted(answer): instead of a model, answer(prompt ids, how many answers it had before) -> text, None: no end."""
+    """scripted(answer): instead of a model answer(prompt ids, how many answers it had before) -> text, None: no end."""
 
     def script(answer):
         had = {}
