@@ -6,6 +6,7 @@ have only to be added up: N processes make the steps of one, whatever N is. Ther
 all-reduce of all gradients a step: for a model that fits on a GPU it costs little next to a large batch.
 """
 
+import atexit
 import os
 import sys
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 
 def start(device: torch.device) -> tuple[torch.device, int, int]:
-    """(this process's device, its rank, the number of processes); only the first one speaks. Without torchrun: 0 of 1."""
+    """(this process's device, its rank, the number of processes). Only the first one speaks. Without torchrun: 0 of 1."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device, 0, 1
     if device.type == "cuda":
@@ -22,6 +23,7 @@ def start(device: torch.device) -> tuple[torch.device, int, int]:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
     return device, dist.get_rank(), dist.get_world_size()
@@ -87,8 +89,7 @@ def same_start(modules: dict):
                 dist.broadcast(p.data, 0)
 
 
-def stop():
-    """Waits until all processes are done."""
+def wait():
+    """Until all processes are here."""
     if many():
         dist.barrier()
-        dist.destroy_process_group()

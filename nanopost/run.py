@@ -313,4 +313,4 @@ class Run:
         if os.path.exists(self.path("state.pt")) and not self.rank:
             os.remove(self.path("state.pt"))
         self.print(f"wrote {self.options.out} after {time.time() - self.started:.0f} s")
-        distributed.stop()
+        distributed.wait()
