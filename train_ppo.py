@@ -117,8 +117,8 @@ def value_loss(values, old_values, returns, mask, clip=0.2, count=None):
 def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, config, beta, noise=None):
     """Samples an answer to each prompt and computes all that the updates need; score(prompts, samples) -> (B,).
 
-    Returns a dict: ids (B, T); lengths, scores, kl, entropy, ended (B,); the rest (B, T-1). Log-probs and values (critic
-    None: of the shared trunk) are those of the sampling pass; the first minibatch finds them again. noise: generate's.
+    Returns a dict: ids (B, T); lengths, scores, kl, entropy, ended (B,); the rest (B, T-1). Log-probs and values (with no
+    critic: of the shared trunk) are the sampling pass's; the first minibatch finds them again. noise: see generate.
     """
     samples = generate(policy, prompt_ids, config.max_new_tokens, tokenizer.end, temperature=config.temperature,
                        noise=noise, pad=tokenizer.pad)

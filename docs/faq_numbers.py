@@ -48,8 +48,9 @@ def main():
     batch = collate(load_examples("data/notes/sft_valid.jsonl", tokenizer))
     answers = [e for e in (batch.ids[:, 1:] == tokenizer.end) & batch.mask]
     ends_in_loss = int(torch.stack(answers).sum())
-    print(f"{batch.targets} of {int(batch.lengths.sum())} tokens are targets ({batch.targets / int(batch.lengths.sum()):.0%}),"
-          f" of them {ends_in_loss} <|end|>; the padded rows hold {batch.ids.numel()} ids")
+    tokens = int(batch.lengths.sum())
+    print(f"{batch.targets} of {tokens} tokens are targets ({batch.targets / tokens:.0%}), of them {ends_in_loss} "
+          f"<|end|>; the padded rows hold {batch.ids.numel()} ids")
 
     print("\n-- where the reward is placed: one answer of the PPO policy")
     samples = sample(ppo)
@@ -73,7 +74,9 @@ def main():
 
     print("\n-- the first minibatch of every PPO iteration")
     lines = [line for line in metrics("ppo") if "val/first_ratio" in line]
-    print("ratio", [line["val/first_ratio"] for line in lines], "approxkl", [line["val/first_approxkl"] for line in lines])
+    print(f"in {len(lines)} iterations the ratio is between {min(line['val/first_ratio'] for line in lines)} and "
+          f"{max(line['val/first_ratio'] for line in lines)}, approxkl at most "
+          f"{max(line['val/first_approxkl'] for line in lines):.1e}")
 
     print("\n-- first and last of what is logged")
     for run, names in {"dpo": ["eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "eval/logps/chosen",

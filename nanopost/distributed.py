@@ -1,9 +1,9 @@
 """Several processes, one run: torchrun --nproc_per_node=8 train_sft.py ...
 
-Every process has the whole model and all the data, draws the same random numbers, and works on its share of each batch.
-What it computes are sums over its rows, divided by the one denominator of the whole batch, so gradients and statistics
-have only to be added up: N processes make the steps of one, whatever N is. There is no wrapper around the model, and one
-all-reduce of all gradients a step: for a model that fits on a GPU it costs little next to a large batch.
+Every process has the model and all the data, draws the same random numbers and works on its share of each batch. What it
+computes are sums over its rows, divided by the one denominator of the whole batch, so gradients and statistics have only
+to be added up: N processes make the steps of one, whatever N is. There is no wrapper around the model, but one all-reduce
+of all gradients a step: for a model that fits on a GPU it costs little next to a large batch.
 """
 
 import atexit
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 
 def start(device: torch.device) -> tuple[torch.device, int, int]:
-    """(this process's device, its rank, the number of processes). Only the first one speaks. Without torchrun: 0 of 1."""
+    """(this process's device, its rank, how many there are). Only the first one speaks. Without torchrun: 0 of 1."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device, 0, 1
     if device.type == "cuda":

@@ -293,7 +293,7 @@ class Run:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.start, self.extra = state["step"], state["extra"]
         self.started = time.time() - state["seconds"]
-        if os.path.exists(self.path("metrics.jsonl")) and not self.rank:  # drop the lines of steps that will be made again
+        if os.path.exists(self.path("metrics.jsonl")) and not self.rank:  # drop lines of steps that will be made again
             with open(self.path("metrics.jsonl")) as f:
                 lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= self.start]
             with atomic(self.path("metrics.jsonl")) as f:

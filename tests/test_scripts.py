@@ -508,7 +508,8 @@ def test_ppo_makes_exactly_epochs_times_minibatches_steps_even_when_they_do_not_
 
 def test_ppo_distinct_counts_answers_and_not_prompts(workshop, tmp_path, watched, metrics):
     """Nearly greedy and one token long: different prompts get the same answer."""
-    out = workshop.run("ppo", tmp_path / "out", steps=1, batch_size=24, max_new_tokens=1, temperature=0.01, eval_every=100)
+    out = workshop.run("ppo", tmp_path / "out", steps=1, batch_size=24, max_new_tokens=1, temperature=0.01,
+                       eval_every=100)
     batch = max(watched.rollouts, key=lambda rollout: len(rollout["ids"]))  # not that of the held-out prompts
     last = batch["ids"][torch.arange(24), batch["lengths"] - 1]
     answers = {token if not ended else "end" for token, ended in zip(last.tolist(), batch["ended"].tolist())}
