@@ -31,7 +31,9 @@ def test_a_run_in_half_precision_follows_the_one_in_fp32(script, loss, dtype, wo
     if script != "ppo":  # whose samples may differ by a token, and then everything does
         for exact, rounded in zip(lines["fp32"], lines[dtype]):
             assert rounded[loss] == pytest.approx(exact[loss], rel=0.05, abs=0.02)
-            assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.1)  # of the gradient without its scale
+            if rounded["grad_norm"] is not None:  # of the gradient without its scale; null where fp16 overflowed
+                assert rounded["grad_norm"] == pytest.approx(exact["grad_norm"], rel=0.1)
+        assert sum(line["grad_norm"] is not None for line in lines[dtype]) >= 3
         assert lines["fp32"] != lines[dtype]  # it is not fp32 after all
     assert all(math.isfinite(line[loss]) for line in lines[dtype])
 
