@@ -7,7 +7,6 @@ unfinished, keeps there a state.pt to resume from.
 import dataclasses
 import glob
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from nanopost import distributed
 from nanopost.checkpoint import atomic, load_file, save_model
 from nanopost.config import UserError
+from nanopost.metrics import Metrics
 from nanopost.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -106,8 +106,7 @@ class Run:
         torch.set_float32_matmul_precision("high")  # TF32 where there are tensor cores
         torch.manual_seed(options.seed)
         self.bar, self.started, self.start = None, time.time(), 0
-        self.fresh, self.lines = False, []  # a fresh run holds its first metrics back until `replace`
-        self.writer = None  # of tensorboard
+        self.fresh, self.metrics = False, Metrics(options.out, bool(options.logs), silent=self.rank > 0)
 
     def path(self, name: str) -> str:
         return os.path.join(self.options.out, name)
@@ -175,6 +174,7 @@ class Run:
             if self.options.resume:
                 self.print(f"there is nothing to resume in {self.options.out}: starting from the beginning")
             self.fresh = True
+            self.metrics.hold()  # until `replace`
         distributed.same_start(modules)
         if self.options.compile and self.device.type == "cuda":
             for model in modules.values():
@@ -206,21 +206,20 @@ class Run:
         """What an earlier run left in the folder goes when the new one has made its first step, not before: a mistake
         that shows at once costs nothing."""
         self.fresh = False
-        if self.rank:
-            return
-        for name in ("state.pt", "config.json", "metrics.jsonl"):
-            if os.path.exists(self.path(name)):
-                os.remove(self.path(name))
-        for folder in ["tensorboard", *glob.glob("step-[0-9]*", root_dir=self.options.out)]:
-            shutil.rmtree(self.path(folder), ignore_errors=True)
-        self.write(self.lines)
+        if not self.rank:
+            for name in ("state.pt", "config.json", "metrics.jsonl"):
+                if os.path.exists(self.path(name)):
+                    os.remove(self.path(name))
+            for folder in ["tensorboard", *glob.glob("step-[0-9]*", root_dir=self.options.out)]:
+                shutil.rmtree(self.path(folder), ignore_errors=True)
+        self.metrics.release()
 
     def due(self, step: int, every: int) -> bool:
         """Whether something that happens every so many steps happens after this one; the last step counts."""
         return (step + 1) % every == 0 or step + 1 == self.total
 
     def log(self, step: int, metrics: dict):
-        """Appends a line to metrics.jsonl: `step` updates done, seconds since the start, and the metrics.
+        """Appends a line to metrics.jsonl: what Metrics.add says.
 
         Tensors are read here, so call it only when due. Raises UserError when the loss is not a finite number.
         """
@@ -228,34 +227,9 @@ class Run:
         for name, value in metrics.items():
             if ("loss" in name or name == "grad_norm" and not self.scaler.is_enabled()) and not math.isfinite(value):
                 raise UserError(f"{name} is {value} at step {step}: lower --lr, or look for a bad record in the data")
-        line = {"step": step, "seconds": round(time.time() - self.started, 2)}
-        for name, value in metrics.items():  # JSON has no NaN: null where a statistic is undefined
-            line[name] = float(f"{value:.6g}") if math.isfinite(value) else None
-        if self.fresh:
-            self.lines.append(line)
-        else:
-            self.write([line])
+        self.metrics.add(step, time.time() - self.started, metrics)
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix({name.split("/")[-1]: f"{v:.3g}" for name, v in list(metrics.items())[:4]})
-
-    def write(self, lines: list[dict]):
-        if self.rank:
-            return
-        with open(self.path("metrics.jsonl"), "a") as f:
-            f.writelines(json.dumps(line) + "\n" for line in lines)
-        if self.options.logs:
-            from torch.utils.tensorboard import SummaryWriter
-
-            if self.writer is None:  # after --resume too it shows what metrics.jsonl holds, every step once
-                shutil.rmtree(self.path("tensorboard"), ignore_errors=True)
-                self.writer = SummaryWriter(self.path("tensorboard"))
-                with open(self.path("metrics.jsonl")) as f:
-                    lines = [json.loads(line) for line in f]
-            for line in lines:
-                for name, value in line.items():
-                    if name not in ("step", "seconds") and value is not None:
-                        self.writer.add_scalar(name, value, line["step"])
-            self.writer.flush()
 
     # -- checkpoints
 
@@ -293,11 +267,7 @@ class Run:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.start, self.extra = state["step"], state["extra"]
         self.started = time.time() - state["seconds"]
-        if os.path.exists(self.path("metrics.jsonl")) and not self.rank:  # drop lines of steps that will be made again
-            with open(self.path("metrics.jsonl")) as f:
-                lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= self.start]
-            with atomic(self.path("metrics.jsonl")) as f:
-                f.writelines(lines)
+        self.metrics.cut(self.start)
         self.print(f"resuming {self.options.out} after step {self.start}")
 
     def save(self, folder: str):
