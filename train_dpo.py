@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from nanopost.checkpoint import load_model
-from nanopost.config import cli
+from nanopost.config import UserError, cli
 from nanopost.data import batches, collate, load_pairs, split
 from nanopost.run import Options, Run, adamw, schedule
 from nanopost.sampling import show_answers
@@ -108,6 +108,8 @@ def evaluate(policy, pairs, ref_logprobs, config, device, batch_size=64):
 
 def main(config: Config):
     run = Run("dpo", config)
+    if config.beta == 0:
+        raise UserError("--beta must be above 0: without it there is nothing to learn")
 
     # model and data
     policy, tokenizer = load_model(config.init, run.device)

@@ -13,7 +13,7 @@ then, for a few epochs over them, with rho_t = pi_theta(y_t|s_t) / pi_old(y_t|s_
 
     L = mean_t max(-A rho, -A clip(rho, 1-eps, 1+eps))  +  c_v/2 mean_t max((V-G)^2, (clip(V, V_old +- eps_v) - G)^2)
 
-(PPO, arXiv 1707.06347, equation 7.) Policy and value function share a trunk, unless --critic gives a separate network.
+(PPO, arXiv 1707.06347, equation 7; the clipped value is OpenAI's baselines'.) One trunk, unless --critic gives another.
 
     python train_ppo.py --init out/sft --reward out/rm --prompts data/notes/prompts_train.jsonl --out out/ppo
 """
@@ -117,8 +117,8 @@ def value_loss(values, old_values, returns, mask, clip=0.2, count=None):
 def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, config, beta, noise=None):
     """Samples an answer to each prompt and computes all that the updates need; score(prompts, samples) -> (B,).
 
-    Returns a dict: ids (B, T); lengths, scores, kl, entropy, ended (B,); the rest (B, T-1). Log-probs and values (with no
-    critic: of the shared trunk) are the sampling pass's; the first minibatch finds them again. noise: see generate.
+    Returns a dict: ids (B, T); lengths, scores, kl, entropy, ended (B,); the rest (B, T-1). Log-probs and values (of a
+    shared trunk) are the sampling pass's; the first minibatch finds them again. noise: see generate.
     """
     samples = generate(policy, prompt_ids, config.max_new_tokens, tokenizer.end, temperature=config.temperature,
                        noise=noise, pad=tokenizer.pad)

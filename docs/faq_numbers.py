@@ -78,6 +78,16 @@ def main():
           f"{max(line['val/first_ratio'] for line in lines)}, approxkl at most "
           f"{max(line['val/first_approxkl'] for line in lines):.1e}")
 
+    for name in ("policy/clipfrac", "policy/approxkl"):
+        print(f"{name}: at most {max(line[name] for line in lines):.3g}")
+
+    print("\n-- out/report.json")
+    with open("out/report.json") as f:
+        report = json.load(f)
+    print(f"reward model: accuracy {report['rm_accuracy']:.1%}, best possible {report['rm_accuracy_ceiling']:.1%}")
+    for row in report["rows"]:
+        print(f"{row['stage']}: gold {row['gold']:.2f}, score {row['reward']:.2f}, KL {row['kl']:.2f}")
+
     print("\n-- first and last of what is logged")
     for run, names in {"dpo": ["eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "eval/logps/chosen",
                                "eval/logps/rejected", "eval/rewards/chosen", "eval/rewards/rejected"],

@@ -164,6 +164,8 @@ def load_pairs(path: str, tokenizer, block_size: int | None = None, limit: int |
 
 def load_prompts(path: str, tokenizer, longest: int, limit: int | None = None) -> tuple[list, list[list[int]]]:
     """(prompts as they stand in the file, the token ids), at most `limit`. `longest` is the room for one, in tokens."""
+    if longest < 1:
+        raise UserError("the longest answer leaves no room for a prompt in the context; lower --max-new-tokens")
     prompts, ids, dropped = [], [], {}
     for where, record in read_records(path):
         if limit is not None and len(prompts) == limit:

@@ -1,9 +1,9 @@
 """Several processes, one run: torchrun --nproc_per_node=8 train_sft.py ...
 
-Every process has the model and all the data, draws the same random numbers and works on its share of each batch. What it
-computes are sums over its rows, divided by the one denominator of the whole batch, so gradients and statistics have only
-to be added up: N processes make the steps of one, whatever N is. There is no wrapper around the model, but one all-reduce
-of all gradients a step: for a model that fits on a GPU it costs little next to a large batch.
+Every process has the model and all the data, draws the same random numbers and works on its share of each batch. What
+it computes are sums over its rows, divided by the one denominator of the whole batch, so gradients and statistics have
+only to be added up: without dropout, N processes make the steps of one, whatever N is. There is no wrapper around the
+model, but one all-reduce of all gradients a step: for a model that fits on a GPU it costs little next to a large batch.
 """
 
 import atexit
@@ -13,17 +13,21 @@ import sys
 import torch
 import torch.distributed as dist
 
+from nanopost.config import UserError
 
-def start(device: torch.device) -> tuple[torch.device, int, int]:
-    """(this process's device, its rank, how many there are). Only the first one speaks. Without torchrun: 0 of 1."""
+
+def start(device: str) -> tuple[str, int, int]:
+    """(the name of this process's device, its rank, how many there are). Only the first one prints, but for errors.
+    Without torchrun: 0 of 1. Raises UserError if all were to share one GPU."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device, 0, 1
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+    if device.startswith("cuda:"):
+        raise UserError(f"--device {device}: with several processes each has a GPU of its own; give cuda, or nothing")
+    if device == "cuda" or device == "auto" and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)  # before anything else touches the first GPU
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
     return device, dist.get_rank(), dist.get_world_size()
@@ -90,6 +94,9 @@ def same_start(modules: dict):
 
 
 def wait():
-    """Until all processes are here."""
+    """Until all processes are here, at the end of a run. One that failed does not come, and leaves without a word to
+    the others: torchrun ends them."""
     if many():
         dist.barrier()
+        atexit.unregister(dist.destroy_process_group)
+        atexit.register(dist.destroy_process_group)

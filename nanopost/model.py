@@ -21,6 +21,9 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+LOGIT_ROWS = 2**13  # rows of fp32 logits made at once where log-probabilities are: 1.6 GB for GPT-2's vocabulary
+
+
 @dataclass
 class GPTConfig:
     vocab_size: int = 50262  # real tokens; the matrix has more rows (a multiple of 64), which never get probability
@@ -194,5 +197,6 @@ class GPT(nn.Module):
         """
         h = hidden[:, :-1].flatten(0, 1)[index]  # (N, C)
         targets = ids[:, 1:].flatten()[index]  # (N,)
-        logp = -F.cross_entropy(upcast(self.logits(h)) / temperature, targets, reduction="none")  # (N,)
+        logp = torch.cat([-F.cross_entropy(upcast(self.logits(h)) / temperature, targets, reduction="none")
+                          for h, targets in zip(h.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))])  # (N,)
         return logp.new_zeros(ids[:, 1:].numel()).index_put((index,), logp).view_as(ids[:, 1:])  # (B, T-1)

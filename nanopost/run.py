@@ -82,7 +82,8 @@ class Run:
 
     def __init__(self, method: str, options: Options):
         self.method, self.options = method, options
-        self.device, self.rank, self.world = distributed.start(find_device(options.device))
+        device, self.rank, self.world = distributed.start(options.device)
+        self.device = find_device(device)
         cuda = self.device.type == "cuda"
         best = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "fp32"
         if options.dtype not in ("auto", *DTYPES):
@@ -97,6 +98,10 @@ class Run:
         for name, bound in (dict.fromkeys(positive, 1) | dict.fromkeys(others, 0)).items():
             if getattr(options, name, bound) < bound:
                 raise UserError(f"--{name.replace('_', '-')} must be at least {bound}")
+        shares = dict.fromkeys(("gamma", "lam"), (0, 1)) | dict.fromkeys(("beta", "clip", "value_clip"), (0, math.inf))
+        for name, (low, high) in (shares | {"label_smoothing": (0, 0.499)}).items():
+            if not low <= getattr(options, name, low) <= high:
+                raise UserError(f"--{name.replace('_', '-')} must be between {low} and {high}")
         for name in ("init", "reward", "critic"):
             folder, out = getattr(options, name, ""), os.path.realpath(options.out)
             if os.path.isdir(folder) and out in (path := os.path.realpath(folder), os.path.dirname(path)):  # a copy
@@ -105,7 +110,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         torch.set_float32_matmul_precision("high")  # TF32 where there are tensor cores
         torch.manual_seed(options.seed)
-        self.bar, self.started, self.start = None, time.time(), 0
+        self.bar, self.started, self.start, self.norm = None, time.time(), 0, 0.0
         self.fresh, self.metrics = False, Metrics(options.out, bool(options.logs), silent=self.rank > 0)
 
     def path(self, name: str) -> str:
@@ -133,7 +138,7 @@ class Run:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         distributed.add_gradients(parameters)
         self.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
+        norm = self.norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -196,9 +201,13 @@ class Run:
             if self.fresh:
                 self.replace()
             self.bar.update()
-            if self.options.keep_every and (step + 1) % self.options.keep_every == 0:
+            keep = self.options.keep_every and (step + 1) % self.options.keep_every == 0
+            checkpoint = (step + 1) % self.options.save_every == 0 and step + 1 < total
+            if keep or checkpoint:
+                self.check({"grad_norm": float(self.norm)}, step + 1)
+            if keep:
                 self.save(self.path(f"step-{step + 1}"))  # before the checkpoint: resuming there will not make it again
-            if (step + 1) % self.options.save_every == 0 and step + 1 < total:
+            if checkpoint:
                 self.checkpoint(step + 1)
         self.bar.close()
 
@@ -221,15 +230,19 @@ class Run:
     def log(self, step: int, metrics: dict):
         """Appends a line to metrics.jsonl: what Metrics.add says.
 
-        Tensors are read here, so call it only when due. Raises UserError when the loss is not a finite number.
+        Tensors are read here, so call it only when due. Raises UserError as check() does.
         """
         metrics = {name: float(value) for name, value in metrics.items()}
-        for name, value in metrics.items():
-            if ("loss" in name or name == "grad_norm" and not self.scaler.is_enabled()) and not math.isfinite(value):
-                raise UserError(f"{name} is {value} at step {step}: lower --lr, or look for a bad record in the data")
+        self.check(metrics, step)
         self.metrics.add(step, time.time() - self.started, metrics)
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix({name.split("/")[-1]: f"{v:.3g}" for name, v in list(metrics.items())[:4]})
+
+    def check(self, metrics: dict[str, float], step: int):
+        """Raises UserError when the loss or the gradient is not a finite number (fp16: the scaler sees to those)."""
+        for name, value in metrics.items():
+            if ("loss" in name or name == "grad_norm" and not self.scaler.is_enabled()) and not math.isfinite(value):
+                raise UserError(f"{name} is {value} at step {step}: lower --lr, or look for a bad record in the data")
 
     # -- checkpoints
 

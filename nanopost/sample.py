@@ -77,9 +77,13 @@ def main(config: Config):
     with atomic(config.out) as f:  # opened now: where nothing can be written, that shows before the sampling
         for start in tqdm(range(0, len(prompts), size), desc="sampling", disable=None):
             some = prompts[start : start + size]
+            # every prompt has random numbers of its own: how many are answered at a time changes nothing
+            seeds = [config.seed * 1_000_003 + i for i in range(start, start + len(some))]
+            noise = [torch.rand(config.n, config.max_new_tokens, generator=torch.Generator().manual_seed(seed))
+                     for seed in seeds]  # (n, max_new_tokens) each
             samples = sample_text(model, tokenizer, [i for i in ids[start : start + size] for _ in range(config.n)],
                                   config.max_new_tokens, batch_size=config.batch_size, temperature=config.temperature,
-                                  seed=config.seed * 1_000_003 + start)
+                                  noise=torch.cat(noise))
             asked = [prompt for prompt in some for _ in range(config.n)]
             # train_sft.py would teach an answer without an end one that it never had, and refuses an empty one
             usable = torch.tensor([s["ended"] and s["text"].strip() != "" for s in samples])  # (P * n,)

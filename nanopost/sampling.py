@@ -12,6 +12,7 @@ import torch
 from nanopost.model import GPT, KVCache, upcast
 
 CHECK_EVERY = 4  # decoding steps between two looks at which rows have ended
+BATCH_TOKENS = 2**16  # of all rows of a batch together: 5 GB of keys and values in fp32 for GPT-2 124M
 
 
 @dataclass
@@ -61,9 +62,9 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
     """Samples one response to each prompt (lists of ids), of at most max_new_tokens with the end token counted.
 
     temperature 0 is greedy. All chance is in `noise`, (R, max_new_tokens) uniform numbers in [0, 1), drawn with
-    `generator` if not given: a row's response depends on its prompt and its noise and on no other row. `on_token(ids)`,
-    for streaming, is called with each step's tokens, a list of those of the rows still going. Raises ValueError for an
-    empty prompt, or one that leaves no room in the context.
+    `generator` if not given: a row's response depends on its prompt and its noise and on no other row. In fp32 a
+    probability is resolved to 2^-24 = 6e-8. `on_token(ids)`, for streaming, is called with each step's tokens, a list
+    of those of the rows still going. Raises ValueError for an empty prompt, or one that leaves no room in the context.
     """
     lengths = torch.tensor([len(p) for p in prompts])
     R, P, block = len(prompts), int(lengths.max()), model.config.block_size
@@ -104,6 +105,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
             total = below[:, -1:]  # 1 up to rounding; a token is where the noise falls, and never beyond the last
             where = torch.minimum(noise[rows, step, None] * total, total.nextafter(total.new_zeros(1)))
             token = torch.searchsorted(below, where, right=True)[:, 0]  # (n,)
+            token = token.clamp(max=logp.shape[1] - 1)  # nothing is above NaN; the loss will be NaN and says so
         live, column = ~ended[rows], cache.pos
         ids[rows, column] = torch.where(live, token, ids[rows, column])
         logprobs[rows, column - 1] = torch.where(live, logp.gather(1, token[:, None])[:, 0], 0.0)
@@ -130,16 +132,22 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
 
 
 def sample_text(model: GPT, tokenizer, prompts: list[list[int]], max_new_tokens: int, *, batch_size: int = 512,
-                temperature: float = 1.0, seed: int = 0) -> list[dict]:
+                temperature: float = 1.0, seed: int = 0, noise: torch.Tensor | None = None) -> list[dict]:
     """Samples a response to each prompt in batches of like length, whose size changes nothing; in the prompts' order.
+
+    A batch has at most batch_size rows and BATCH_TOKENS tokens: that bounds the key-value cache. noise (N,
+    max_new_tokens) is as in generate; by default it is drawn from the seed.
 
     Returns a dict each: prompt_ids, ids (the response, end token included), text, ended, logprob (its sum, nats).
     """
-    noise = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
+    if noise is None:
+        noise = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out = [None] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
+    while order:
+        longest = len(prompts[order[min(batch_size, len(order)) - 1]]) + max_new_tokens
+        rows = max(1, min(batch_size, BATCH_TOKENS // longest))
+        part, order = order[:rows], order[rows:]
         samples = generate(model, [prompts[i] for i in part], max_new_tokens, tokenizer.end, temperature=temperature,
                            noise=noise[part], pad=tokenizer.pad)
         totals = samples.logprobs.cpu().double().sum(1).tolist()

@@ -386,7 +386,7 @@ def test_the_answer_in_a_record_is_of_the_model_that_it_names():
 @pytest.mark.parametrize("options, message", [
     (["--temperature", 0], "--temperature must be above 0"), (["--max-new-tokens", 0], "--max-new-tokens at least 1"),
     (["--prompts", "nowhere.jsonl"], "no file nowhere.jsonl"), (["--against", "nowhere"], "no folder nowhere"),
-    (["--against", "other_vocab"], "different vocabularies"), (["--max-new-tokens", 48], "no prompts"),
+    (["--against", "other_vocab"], "different vocabularies"), (["--max-new-tokens", 48], "lower --max-new-tokens"),
 ])
 def test_mistakes_are_one_line_and_exit_code_2(judge, workshop, options, message):
     options = [workshop.path(o) if o == "other_vocab" else o for o in options]

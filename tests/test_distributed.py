@@ -1,5 +1,6 @@
 """Two processes make the steps of one: same losses, same statistics, same weights, for all four scripts."""
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -12,16 +13,45 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the processes that this file starts
 from conftest import ROOT, Workshop  # noqa: E402
 
+import train_ppo  # noqa: E402
 from nanopost import distributed  # noqa: E402
 
 # batches that do not divide by two; of 24 records the last batch of an epoch has one row, so one process has none
 OPTIONS = {"sft": dict(batch_size=23, micro_batch=5), "rm": dict(batch_size=23, micro_batch=4, normalise=8),
-           "dpo": dict(batch_size=23, micro_batch=0), "ppo": dict(batch_size=9, micro_batch=2, minibatches=2)}
+           "dpo": dict(batch_size=23, micro_batch=0), "ppo": dict(batch_size=9, micro_batch=2, minibatches=2),
+           "ppo critic": dict(batch_size=8, kl_target=0.1, kl_horizon=16),
+           "ppo resumed": dict(batch_size=8, save_every=2)}
+
+
+class Killed(Exception):
+    pass
 
 
 def run_all(folder, out):
-    for script, options in OPTIONS.items():
-        Workshop(Path(folder)).run(script, Path(out) / script, keep_every=2, **options)
+    workshop = Workshop(Path(folder))
+    for name, options in OPTIONS.items():
+        script, _, kind = name.partition(" ")
+        if kind == "critic":
+            options = options | {"critic": workshop.path("rm")}
+        if kind == "resumed" and distributed.many():  # dies in its third step, and goes on from its second
+            update = train_ppo.update
+            train_ppo.update = kill_in_the_third_step(update)
+            with contextlib.suppress(Killed):
+                workshop.run(script, Path(out) / name, keep_every=2, **options)
+            train_ppo.update, options = update, options | {"resume": True}
+        workshop.run(script, Path(out) / name, keep_every=2, **options)
+
+
+def kill_in_the_third_step(update):
+    steps = []
+
+    def counted(*arguments):
+        steps.append(1)
+        if len(steps) == 3:
+            raise Killed
+        return update(*arguments)
+
+    return counted
 
 
 def free_port() -> int:
@@ -78,12 +108,12 @@ def test_two_processes_leave_the_same_files_and_only_the_first_speaks(script, bo
     files = [sorted(p.relative_to(folder).as_posix() for p in (folder / script).rglob("*")) for folder in (one, two)]
     assert files[0] == files[1] and f"{script}/config.json" in files[0] and f"{script}/step-2/model.pt" in files[0]
     (_, first, _), (_, second, bar) = said
-    assert first.count(f"{script}: 4 steps on cpu x 2") == 1 and second == "" and f"{script}:" not in bar
+    assert f"{script.split()[0]}: 4 steps on cpu x 2" in first and second == "" and f"{script}:" not in bar
 
 
 def test_without_torchrun_there_is_one_process_that_has_everything():
     device = torch.device("cpu")
-    assert distributed.start(device) == (device, 0, 1) and not distributed.many()
+    assert distributed.start("cuda:1") == ("cuda:1", 0, 1) and not distributed.many()
     rows, stats = [1, 2, 3], {"loss": torch.tensor(1.0)}
     assert distributed.shard(rows) is rows and distributed.add_up(stats, device) is stats
     assert distributed.gather(stats, device) is stats
@@ -95,7 +125,7 @@ def test_rows_of_different_number_and_width_are_gathered_in_their_order(workshop
 
 def gather_by_three():
     """Seven rows of growing width, dealt out to three processes, come back as they were."""
-    device, rank, world = distributed.start(torch.device("cpu"))
+    device, rank, world = distributed.start("cpu")
     whole = torch.tensor([[i * 10 + j if j <= i else 0 for j in range(7)] for i in range(7)])
     mine = distributed.shard(list(range(7)))
     assert mine == list(range(rank, 7, world))

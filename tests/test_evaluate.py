@@ -230,7 +230,7 @@ def test_pair_accuracy_is_the_share_of_pairs_ranked_right_and_its_ceiling_the_me
     ({"policies": ["nowhere"]}, "no folder nowhere"), ({"policies": ["other_vocab"]}, "different vocabularies"),
     ({"reference": "rm"}, "holds a reward model"), ({"reward": "sft"}, "holds a language model"),
     ({"samples": 0}, "at least 1"), ({"gold": "nowhere.py:f"}, "no file nowhere.py"),
-    ({"prompts": "nowhere.jsonl"}, "no file nowhere.jsonl"), ({"max_new_tokens": 48}, "no prompts"),
+    ({"prompts": "nowhere.jsonl"}, "no file nowhere.jsonl"), ({"max_new_tokens": 48}, "lower --max-new-tokens"),
     ({"pairs": "nowhere.jsonl"}, "no file nowhere.jsonl")])
 def test_a_mistake_is_a_user_error_and_no_report_is_written(tmp_path, workshop, options, change, message):
     [(name, value)] = change.items()

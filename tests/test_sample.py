@@ -130,6 +130,11 @@ def test_every_prompt_gets_n_answers_in_the_order_of_the_file(run, scripted, tok
     assert "15 of 15 answers to 5 prompts; 0 do not end or are empty, 0 are below the threshold" in out
 
 
+def test_how_many_are_sampled_at_a_time_changes_nothing(run):
+    answers = [[r["completion"] for r in run(n=3, batch_size=size)[0]] for size in (512, 4, 1)]
+    assert answers[0] == answers[1] == answers[2]
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
 def test_no_more_answers_are_sampled_at_a_time_than_asked_for(run, seen, monkeypatch, batch_size):
     sizes, real = [], sampling.generate

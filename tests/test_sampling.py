@@ -256,6 +256,18 @@ def test_sample_text_returns_the_response_with_its_end_token_its_text_and_its_lo
         assert s["logprob"] == pytest.approx(total, abs=1e-4)
 
 
+def test_sample_text_bounds_the_tokens_of_a_batch_and_that_changes_nothing(model, monkeypatch):
+    prompts, letters, sizes = make_prompts(), Letters(end=END, pad=0), []
+    whole = sample_text(model, letters, prompts, 8, seed=3)
+    monkeypatch.setattr(sampling, "BATCH_TOKENS", 60)
+    real = sampling.generate
+    monkeypatch.setattr(sampling, "generate", lambda m, part, new, *a, **k: sizes.append(
+        len(part) * (max(map(len, part)) + new)) or real(m, part, new, *a, **k))
+    parts = sample_text(model, letters, prompts, 8, seed=3)
+    assert [s["ids"] for s in parts] == [s["ids"] for s in whole]
+    assert len(sizes) > 1 and max(sizes) <= 60
+
+
 def test_sample_text_depends_on_its_seed_only(model):
     def texts(seed):
         torch.rand(seed + 1)  # the global random numbers do not matter

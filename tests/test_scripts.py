@@ -122,6 +122,26 @@ def test_impossible_numbers_are_refused(script, wrong, workshop, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("script, wrong", [
+    ("dpo", {"beta": 0.0}), ("dpo", {"beta": -0.1}), ("dpo", {"label_smoothing": 0.5}), ("ppo", {"beta": -1.0}),
+    ("ppo", {"clip": -0.2}), ("ppo", {"value_clip": -0.2}), ("ppo", {"lam": 3.0}), ("ppo", {"gamma": 1.1})])
+def test_numbers_that_make_no_sense_are_refused(script, wrong, workshop, tmp_path):
+    with pytest.raises(UserError, match="--" + next(iter(wrong)).replace("_", "-")):
+        workshop.run(script, tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_weights_that_are_not_finite_are_never_kept(script, workshop, tmp_path):
+    """A learning rate far too high, and a log that looks only at the end: the copies and checkpoints look before."""
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="grad_norm is (nan|inf) at step .*: lower --lr"):
+        workshop.run(script, out, lr=1e30, grad_clip=0.0, steps=8, log_every=8, keep_every=3, save_every=4, valid="")
+    for path in out.glob("*/model.pt"):
+        assert all(w.isfinite().all() for w in torch.load(path, weights_only=True).values())
+    assert not (out / "model.pt").exists() and not (out / "config.json").exists()
+
+
 def test_held_out_data_can_be_left_out(workshop, tmp_path, metrics):
     for script in SCRIPTS:
         lines = metrics(workshop.run(script, tmp_path / script, valid="", steps=1))
@@ -555,7 +575,7 @@ def mistakes(workshop, lines):
         "prompt too long": ("ppo", ["--init", sft, "--reward", rm, "--max-new-tokens", "8", "--prompts",
                                     lines([{"prompt": "x" * 60}], "long.jsonl")], "1 are longer than 40 tokens"),
         "no room for prompts": ("ppo", ["--init", sft, "--reward", rm, "--max-new-tokens", "48", "--prompts",
-                                        workshop.path("prompts.jsonl")], "longer than 0 tokens"),
+                                        workshop.path("prompts.jsonl")], "lower --max-new-tokens"),
         "number as prompt": ("ppo", ["--init", sft, "--reward", rm, "--max-new-tokens", "8", "--prompts",
                                      lines([{"prompt": 3}], "number.jsonl")], "number.jsonl:1: prompt must be"),
         "invalid JSON": ("rm", ["--init", sft, "--data", seventeen(pair, "{oops")], "seventeen.jsonl:17: invalid JSON"),
