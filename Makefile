@@ -1,5 +1,6 @@
 # make quickstart   sets up .venv and runs the whole pipeline on the embedded data (quickstart.sh)
 # make test         sets up .venv and runs the tests
+# make bench        sets up .venv and measures speed and memory; e.g. make bench BENCH="--size trl-small --against trl"
 
 PYTHON ?= python3
 VENV = .venv/bin/python
@@ -10,9 +11,12 @@ quickstart: .venv/installed
 test: .venv/installed
 	$(VENV) -m pytest
 
+bench: .venv/installed
+	$(VENV) benchmarks/bench.py $(BENCH)
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(VENV) -m pip install --quiet --editable ".[test,plot]"
 	touch $@
 
-.PHONY: quickstart test
+.PHONY: quickstart test bench
