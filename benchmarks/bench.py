@@ -37,7 +37,7 @@ from benchmarks import trl_side  # noqa: E402
 from nanopost.checkpoint import freeze  # noqa: E402
 from nanopost.config import UserError, cli  # noqa: E402
 from nanopost.data import Example, batches  # noqa: E402
-from nanopost.model import GPT, GPTConfig  # noqa: E402
+from nanopost.model import GPT, GPTConfig, linear  # noqa: E402
 from nanopost.run import Run, adamw  # noqa: E402
 from nanopost.sampling import generate  # noqa: E402
 
@@ -50,7 +50,7 @@ class Config:
     steps: int = 20  # timed steps a process, of sft, rm and dpo; of decode and ppo a fifth
     threads: int = 1  # of the CPU
     device: str = "auto"  # auto, cpu, cuda
-    against: str = ""  # trl: measure TRL too, step by step the same batches; on the CPU
+    against: str = ""  # trl: measure TRL too, on the same batches; trl-random: on rows in its own, random order
     json: str = ""  # a file for all figures
     measure: str = ""  # one of --only, in this very process: prints its figures as a line of JSON
 
@@ -76,7 +76,7 @@ SIZES = {
     "embedded": Size(GPTConfig(1024, 128, 2, 4, 128), 18, 27, 16, 16, 0, (64, 256),
                      dict(batch_size=128, max_new_tokens=32, epochs=2, minibatches=2, micro_batch=32)),
     "trl-small": Size(GPTConfig(1024, 128, 4, 4, 128), 18, 27, 32, 32, 0, (64,),
-                      dict(batch_size=64, max_new_tokens=32, epochs=4, minibatches=1, micro_batch=0)),
+                      dict(batch_size=64, max_new_tokens=32, epochs=4, minibatches=1, micro_batch=32)),
     "gpt2": Size(GPTConfig(), 64, 128, 64, 64, 32, (64, 256, 512),
                  dict(batch_size=512, max_new_tokens=128, epochs=4, minibatches=4, micro_batch=64), full=True),
 }
@@ -140,7 +140,9 @@ def measure_machine(size: Size, run: Run) -> dict:
              "dtype": str(run.dtype)[6:], "item": run.dtype.itemsize}
     for name, (n, k, m) in {"own": (2048, c, 4 * c), "large": (large, large, large)}.items():
         a, b = (torch.randn(shape, device=device, dtype=run.dtype) for shape in ((n, k), (k, m)))
-        rates[f"{name}_flops"] = 2 * n * k * m / min(clock(lambda: a @ b, device) for _ in range(10))
+        with torch.no_grad():
+            ways = (lambda: a @ b), (lambda: linear(a, b.t()))  # on a CPU these are two libraries
+            rates[f"{name}_flops"] = 2 * n * k * m / min(clock(way, device) for way in ways * 10)
     for name, n in {"own": parameters(size.model), "large": 2**26}.items():
         a, b = torch.randn(n, device=device), torch.zeros(n, device=device)
         rates[f"{name}_bytes"] = 2 * 4 * n / min(clock(lambda: b.copy_(a), device) for _ in range(10))
@@ -413,8 +415,8 @@ def main(config: Config):
         raise UserError(f"--only: there is no {wrong[0]}, but sft, rm, dpo, decode, {', '.join(known[3:])}")
     if min(config.repeat, config.steps, config.threads) < 1:
         raise UserError("--repeat, --steps and --threads must be at least 1")
-    if config.against not in ("", "trl"):
-        raise UserError(f"--against must be trl or nothing, not {config.against}")
+    if config.against not in ("", "trl", "trl-random"):
+        raise UserError(f"--against must be trl, trl-random or nothing, not {config.against}")
     if config.measure:
         print(json.dumps(measure(names[0], size, config)))
         return
@@ -424,8 +426,8 @@ def main(config: Config):
     machine = child([*ours, "machine"], config.threads)
     if config.against:
         if machine["device"] != "cpu":
-            raise UserError("--against trl compares on the CPU: give --device cpu")
-        theirs = [trl_side.install(), trl_side.__file__, *options, "--measure"]
+            raise UserError("--against compares on the CPU: give --device cpu")
+        theirs = [trl_side.install(), trl_side.__file__, *options, "--against", config.against, "--measure"]
     conditions = {"device": machine["device"], "cpu": f"{cpu_name()} x {os.cpu_count()}",
                   "threads": f"{config.threads} threads", "dtype": machine["dtype"], "size": config.size,
                   "python": f"Python {platform.python_version()}", "torch": f"torch {torch.__version__}"}

@@ -1,11 +1,13 @@
 """The same measurements of TRL (Hugging Face), for bench.py --against trl; it runs in an environment of its own.
 
-The same weights, token ids, batches in the same order, optimizer and learning rate, number type and threads. SFT, RM and
-DPO are TRL's latest, at its defaults but for what would slow it down or change the task: no bf16 (a CPU has none), no
-gradient checkpointing, no logging, saving or evaluation, inputs tokenised beforehand. The time is the loop's, from the end
-of one step to the end of another; the mean loss over all steps shows that both compute the same. PPO is that of 1.12.0,
-the last with a PPOTrainer. It can not be made equal in two ways: its value network is a separate one (the fair twin is
-ppo-critic), and it does not clip gradients. It pads prompts on the left; generation is of equal length on both sides.
+The same weights, token ids, batches in the same order, optimizer, learning rate, number type and threads. SFT, RM and
+DPO are TRL's latest, at its defaults but for what would slow it down or change the task: no bf16, no gradient
+checkpointing, no logging, saving or evaluation, inputs tokenised beforehand. The time is the loop's, from the end of
+a step to the end of another; the mean loss over all steps shows that both compute the same. That the batches are ours
+is a gift, as rows of like length are together: TRL's own order is random (--against trl-random). PPO is that of
+1.12.0, the last with a PPOTrainer. It can not be made equal in three ways: its value network is a separate one (its
+twin here is ppo-critic), it does not clip gradients, and a minibatch of several has to be one forward pass. No answer
+ends early on either side.
 """
 
 import json
@@ -30,7 +32,7 @@ def install() -> str:
         print(f"making {VENV} with TRL: a few minutes", file=sys.stderr)
         pip, version = [python, "-m", "pip", "install", "--quiet"], torch.__version__.split("+")[0]
         for command in ([sys.executable, "-m", "venv", "--clear", VENV],
-                        [*pip, f"torch=={version}", "trl", "transformers", "accelerate", "datasets", "tiktoken", "tqdm"],
+                        [*pip, f"torch=={version}", "trl", "transformers", "datasets", "tiktoken", "tqdm"],
                         [*pip, "--no-deps", "--target", PPO, f"trl=={PPO_VERSION}"]):
             subprocess.run(command, check=True, stdout=sys.stderr)
         open(done, "w").close()
@@ -125,7 +127,8 @@ def measure_training(what: str, size, config) -> dict:
         DPOTrainer._prepare_dataset = lambda self, dataset, *_: dataset
     options = module.Config()
     args = Arguments(**arguments(what, options, len(data)), per_device_train_batch_size=len(data[0]),
-                     train_sampling_strategy="sequential", max_length=size.model.block_size,
+                     train_sampling_strategy="sequential" if config.against == "trl" else "random",
+                     max_length=size.model.block_size,
                      **({"beta": options.beta} if what == "dpo" else {}))
     watch = stopwatch()
     trainer = Trainer(model=make_model(kind, size, what == "rm"), args=args, callbacks=[watch],
@@ -135,8 +138,9 @@ def measure_training(what: str, size, config) -> dict:
     before = bench.memory(torch.device("cpu"))
     loss = trainer.train().training_loss
     seconds = watch.ends[-1] - watch.ends[warm - 1]
-    tokens = sum(len(prompt) + len(a) for batch in data[warm:] for prompt, answers in batch for a in answers)
-    return result(tokens, config.steps, seconds, before, {"step": seconds}, loss=loss)
+    timed = data[warm:] if config.against == "trl" else data  # in a random order, so many steps' share of all rows
+    tokens = sum(len(prompt) + len(a) for batch in timed for prompt, answers in batch for a in answers)
+    return result(tokens * config.steps // len(timed), config.steps, seconds, before, {"step": seconds}, loss=loss)
 
 
 def measure_ppo(what: str, size, config) -> dict:
@@ -157,14 +161,16 @@ def measure_ppo(what: str, size, config) -> dict:
             return out
 
         setattr(ppo_trainer, function, timed)
+    # it makes a step when it has accumulated the whole batch: micro-batches only if that is one minibatch
+    micro = options.micro_batch or rows if options.minibatches == 1 else rows
     args = PPOConfig(**arguments("ppo", options, -1), total_episodes=rows * (1 + count), num_sample_generations=0,
-                     per_device_train_batch_size=rows, gradient_accumulation_steps=1,
+                     per_device_train_batch_size=micro, gradient_accumulation_steps=rows // micro,
                      local_rollout_forward_batch_size=rows, num_mini_batches=options.minibatches,
                      num_ppo_epochs=options.epochs, response_length=options.max_new_tokens, kl_coef=options.beta,
                      temperature=options.temperature, gamma=options.gamma, lam=options.lam, cliprange=options.clip,
                      cliprange_value=options.value_clip, vf_coef=options.value_coef)
-    models = [make_model(kind, size, kind is GPT2ForSequenceClassification)
-              for kind in (GPT2LMHeadModel, GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForSequenceClassification)]
+    models = [make_model(GPT2LMHeadModel, size), make_model(GPT2LMHeadModel, size),  # policy, reference, reward, value
+              *(make_model(GPT2ForSequenceClassification, size, True) for _ in range(2))]
     tokenizer = make_tokenizer(vocab)
     tokenizer.padding_side = "left"
     data = Dataset.from_list([{"input_ids": ids} for ids in bench.prompts(size, rows)])
@@ -190,6 +196,6 @@ if __name__ == "__main__":
     from benchmarks import bench
 
     torch.set_num_threads(int(options["--threads"]))
-    config = bench.Config(size=options["--size"], steps=int(options["--steps"]), threads=int(options["--threads"]))
+    config = bench.Config(size=options["--size"], steps=int(options["--steps"]), against=options["--against"])
     measure = measure_ppo if what.startswith("ppo") else measure_training
     print(json.dumps(measure(what, bench.SIZES[config.size], config)))
