@@ -429,7 +429,7 @@ def main(config: Config):
             raise UserError("--against compares on the CPU: give --device cpu")
         theirs = [trl_side.install(), trl_side.__file__, *options, "--against", config.against, "--measure"]
     conditions = {"device": machine["device"], "cpu": f"{cpu_name()} x {os.cpu_count()}",
-                  "threads": f"{config.threads} threads", "dtype": machine["dtype"], "size": config.size,
+                  "threads": f"threads: {config.threads}", "dtype": machine["dtype"], "size": config.size,
                   "python": f"Python {platform.python_version()}", "torch": f"torch {torch.__version__}"}
     figures = {"conditions": conditions, "machine": machine, "rows": {}}
     for name in names:
@@ -444,7 +444,7 @@ def main(config: Config):
         if "trl" in pairs[0]:
             speed = [{side: r["tokens"] / r["seconds"] for side, r in pair.items()} for pair in pairs]
             figures["rows"][name]["ratio"] = spread([s["nanopost"] / s["trl"] for s in speed])
-            conditions[f"trl {name}"] = pairs[0]["trl"]["version"]
+            conditions["trl ppo" if name.startswith("ppo") else "trl"] = pairs[0]["trl"]["version"]
     print_table(figures)
     if config.json:
         with open(config.json, "w") as f:
