@@ -22,6 +22,7 @@ from nanopost.huggingface import add_rows, to_huggingface
 from nanopost.model import GPT
 from nanopost.sampling import generate
 from nanopost.tokenizer import CHAT_TOKENS, Tokenizer
+from test_tokenizer import assistant, system, user
 
 SPECIALS = ("<|endoftext|>", *CHAT_TOKENS)
 SIZES = {  # vocab_size, n_positions, n_layer, n_head, n_embd
@@ -41,18 +42,6 @@ def transformers(safetensors):
     library = pytest.importorskip("transformers", reason='needs transformers: pip install -e ".[parity]"')
     library.utils.logging.disable_progress_bar()
     return library
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
 
 
 def one_line(error) -> str:
