@@ -148,6 +148,17 @@ def test_dropout_acts_in_training_only(tiny):
 # -------------------------------------------------------------------------------------------- logits and log-probs
 
 
+@torch.no_grad()
+def test_dropout_acts_on_the_attention_too_and_in_training_only(tiny):
+    model = tiny(V, dropout=0.5)
+    ids = random_ids(2, 8)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # what is left is the attention's own
+    assert torch.equal(model.eval()(ids), model(ids))
+    assert not torch.allclose(model.train()(ids), model.eval()(ids))
+
+
 def test_the_output_matrix_is_the_embedding_matrix(model):
     names = [name for name, p in model.named_parameters() if p.shape == model.wte.weight.shape]
     assert names == ["wte.weight"]

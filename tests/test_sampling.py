@@ -186,6 +186,10 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_p():
     assert kept(filter_logits(P.log(), top_p=1.0)) == [0, 1, 2, 3, 4]
 
 
+def test_top_p_that_is_reached_exactly_needs_no_further_token():
+    assert kept(filter_logits(torch.zeros(1, 2), top_p=0.5)[0]) in ([0], [1])  # two tokens of probability 1/2
+
+
 def test_the_likeliest_token_survives_any_top_p():
     assert kept(filter_logits(P.log(), top_p=1e-6)) == [1]
 
