@@ -15,6 +15,7 @@ from conftest import ROOT, Workshop  # noqa: E402
 
 import train_ppo  # noqa: E402
 from nanopost import distributed  # noqa: E402
+from nanopost.config import UserError  # noqa: E402
 
 # batches that do not divide by two; of 24 records the last batch of an epoch has one row, so one process has none
 OPTIONS = {"sft": dict(batch_size=23, micro_batch=5), "rm": dict(batch_size=23, micro_batch=4, normalise=8),
@@ -117,6 +118,20 @@ def test_without_torchrun_there_is_one_process_that_has_everything():
     rows, stats = [1, 2, 3], {"loss": torch.tensor(1.0)}
     assert distributed.shard(rows) is rows and distributed.add_up(stats, device) is stats
     assert distributed.gather(stats, device) is stats
+
+
+def test_every_process_takes_the_gpu_of_its_own_number_before_it_touches_any(monkeypatch):
+    taken = []
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name, result in {"is_initialized": True, "get_rank": 0, "get_world_size": 2}.items():
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda result=result: result)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    assert distributed.start("auto") == distributed.start("cuda") == ("cuda:1", 0, 2) and taken == ["cuda:1"] * 2
+    assert distributed.start("cpu") == ("cpu", 0, 2) and len(taken) == 2
+    with pytest.raises(UserError, match="--device cuda:0: with several processes each has a GPU of its own"):
+        distributed.start("cuda:0")
 
 
 def test_rows_of_different_number_and_width_are_gathered_in_their_order(workshop, tmp_path):

@@ -195,6 +195,20 @@ def test_logprobs_are_the_log_softmax_at_the_asked_positions_and_0_elsewhere(mod
             assert logprobs[row, t].item() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_logprobs_and_their_gradient_are_the_same_however_many_logits_are_made_at_once(model, monkeypatch, rows):
+    ids, index = random_ids(2, 6), torch.tensor([0, 2, 3, 4, 6, 7, 9])
+
+    def both():
+        logprobs = model.logprobs(model(ids), ids, index, 0.7)
+        return logprobs, torch.autograd.grad(logprobs.sum(), model.wte.weight)[0]
+
+    whole = both()
+    monkeypatch.setattr("nanopost.model.LOGIT_ROWS", rows)
+    for a, b in zip(whole, both()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 def test_logprobs_carry_gradient_from_the_asked_positions_only(model):
     ids = random_ids(2, 6)
     hidden = model(ids).detach().requires_grad_()

@@ -131,15 +131,16 @@ def test_numbers_that_make_no_sense_are_refused(script, wrong, workshop, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("every", [{"keep_every": 3}, {"save_every": 3}])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_weights_that_are_not_finite_are_never_kept(script, workshop, tmp_path):
+def test_weights_that_are_not_finite_are_never_kept(script, every, workshop, tmp_path):
     """A learning rate far too high, and a log that looks only at the end: the copies and checkpoints look before."""
     out = tmp_path / "out"
     with pytest.raises(UserError, match="grad_norm is (nan|inf) at step .*: lower --lr"):
-        workshop.run(script, out, lr=1e30, grad_clip=0.0, steps=8, log_every=8, keep_every=3, save_every=4, valid="")
+        workshop.run(script, out, lr=1e30, grad_clip=0.0, steps=8, log_every=8, valid="", **every)
     for path in out.glob("*/model.pt"):
         assert all(w.isfinite().all() for w in torch.load(path, weights_only=True).values())
-    assert not (out / "model.pt").exists() and not (out / "config.json").exists()
+    assert not any((out / name).exists() for name in ("model.pt", "config.json", "state.pt"))
 
 
 def test_held_out_data_can_be_left_out(workshop, tmp_path, metrics):
