@@ -27,6 +27,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import train_dpo  # noqa: E402
@@ -37,7 +38,7 @@ from benchmarks import trl_side  # noqa: E402
 from nanopost.checkpoint import freeze  # noqa: E402
 from nanopost.config import UserError, cli  # noqa: E402
 from nanopost.data import Example, batches  # noqa: E402
-from nanopost.model import GPT, GPTConfig  # noqa: E402
+from nanopost.model import GPT, GPTConfig, linear  # noqa: E402
 from nanopost.run import Run, adamw  # noqa: E402
 from nanopost.sampling import generate  # noqa: E402
 
@@ -139,12 +140,9 @@ def measure_machine(size: Size, run: Run) -> dict:
     rates = {"device": str(device) if device.type != "cuda" else torch.cuda.get_device_name(device),
              "dtype": str(run.dtype)[6:], "item": run.dtype.itemsize}
     for name, (n, k, m) in {"own": (2048, c, 4 * c), "large": (large, large, large)}.items():
-        a, b = (torch.randn(shape, device=device, dtype=run.dtype) for shape in ((n, k), (k, m)))
+        a, b = (torch.randn(shape, device=device, dtype=run.dtype) for shape in ((n, k), (m, k)))
         with torch.no_grad():
-            ways = [lambda: a @ b]
-            if device.type == "cpu" and run.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-                # torch multiplies with MKL, which leaves AMD's AVX-512 unused; oneDNN shows what the machine can do
-                ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], ""))
+            ways = lambda: F.linear(a, b), lambda: linear(a, b)  # on a CPU: MKL and oneDNN
             rates[f"{name}_flops"] = 2 * n * k * m / min(clock(way, device) for way in ways * 10)
     for name, n in {"own": parameters(size.model), "large": 2**26}.items():
         a, b = torch.randn(n, device=device), torch.zeros(n, device=device)

@@ -2,7 +2,8 @@
 
 Rows start at column 0 and prompts are padded on the right, so the prefill is the plain causal forward and the finished
 buffer is directly a training batch. Each row writes its next token at its own column. Nothing is read back to the host
-but once every few steps, to drop the rows that have ended.
+but once every few steps, to drop the rows that have ended; so on a GPU a step is a CUDA graph, one launch in place of
+a few hundred.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 from nanopost.model import GPT, KVCache, upcast
 
 CHECK_EVERY = 4  # decoding steps between two looks at which rows have ended
+GRAPHS = ("cuda",)  # devices where a decoding step is replayed: only shapes that last are worth a graph
 BATCH_TOKENS = 2**16  # of all rows of a batch together: 5 GB of keys and values in fp32 for GPT-2 124M
 
 
@@ -55,6 +57,29 @@ def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> t
     return logits
 
 
+def capture(step):
+    """Records the kernels that step() launches, without running them, as a CUDA graph: a function that runs them."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may go on meanwhile
+        step()
+    return graph.replay
+
+
+def replayed(step):
+    """step(), whose first call is a warm-up: libraries initialise, autocast makes its copies of the weights. The second
+    is captured, and it and all later ones are replayed: step must use the same tensors each time, and never look."""
+    replay = calls = 0
+
+    def call():
+        nonlocal replay, calls
+        calls += 1
+        if calls == 2:
+            replay = capture(step)
+        (replay or step)()
+
+    return call
+
+
 @torch.no_grad()
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int, *, temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None,
@@ -79,7 +104,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
         ids[row, : len(prompt)] = torch.tensor(prompt)
     ids, prompt_lengths = ids.to(device), lengths.to(device)
     lengths = prompt_lengths.clone()
-    logprobs = model.wte.weight.new_zeros(R, S - 1)
+    logprobs = upcast(model.wte.weight.new_zeros(R, S - 1))
     values = torch.zeros_like(logprobs) if model.head is not None else None
     ended = torch.zeros(R, dtype=torch.bool, device=device)
     if temperature > 0:
@@ -87,41 +112,57 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
             noise = torch.rand(R, max_new_tokens, generator=generator, device=generator.device if generator else None)
         noise = noise.to(logprobs)
 
-    autocast = torch.is_autocast_enabled(device.type)
+    graphs, autocast = device.type in GRAPHS, torch.is_autocast_enabled(device.type)
     dtype = torch.get_autocast_dtype(device.type) if autocast else model.wte.weight.dtype
-    cache = KVCache(model.config, R, S, device, dtype)
+    cache = KVCache(model.config, R, S, device, dtype, columns=64 if graphs else 8)
     hidden = model(ids[:, :P], cache)  # (R, P, C)
     hidden = hidden[torch.arange(R, device=device), lengths - 1]  # (R, C): at the last token of each prompt
-    cache.pos = lengths.clone()
+    cache.fill(lengths, P)
     rows = torch.arange(R, device=device)  # (n,) the samples that the n rows of the cache belong to
-    for step in range(max_new_tokens):
-        logits = upcast(model.logits(hidden))  # (n, V)
+
+    def choose(hidden):
+        """The next token of every row (n,), given the hidden state (n, C) of its last; writes down what is known of it."""
+        column, logits = cache.pos, model.logits(hidden)  # (n,), (n, V)
+        if temperature not in (0, 1):
+            logits = upcast(logits) / temperature
+        p = filter_logits(logits, top_k, top_p).softmax(-1, dtype=logprobs.dtype)  # (n, V)
         if temperature == 0:
-            logp = logits.log_softmax(-1)
-            token = logp.argmax(-1)
+            token = logits.argmax(-1)
         else:
-            logp = filter_logits(logits / temperature, top_k, top_p).log_softmax(-1)
-            below = logp.exp().cumsum(-1)  # (n, V): the probability of all tokens up to this one
+            below = p.cumsum(-1)  # (n, V): the probability of all tokens up to this one
             total = below[:, -1:]  # 1 up to rounding; a token is where the noise falls, and never beyond the last
-            where = torch.minimum(noise[rows, step, None] * total, total.nextafter(total.new_zeros(1)))
+            where = noise[rows, column - prompt_lengths[rows], None] * total
+            where = torch.minimum(where, total.nextafter(total.new_zeros(1)))
             token = torch.searchsorted(below, where, right=True)[:, 0]  # (n,)
-            token = token.clamp(max=logp.shape[1] - 1)  # nothing is above NaN; the loss will be NaN and says so
-        live, column = ~ended[rows], cache.pos
+            token = token.clamp(max=p.shape[1] - 1)  # nothing is above NaN; the loss will be NaN and says so
+        live = ~ended[rows]
         ids[rows, column] = torch.where(live, token, ids[rows, column])
-        logprobs[rows, column - 1] = torch.where(live, logp.gather(1, token[:, None])[:, 0], 0.0)
+        logprobs[rows, column - 1] = torch.where(live, p.gather(1, token[:, None])[:, 0].log(), 0.0)
         if values is not None:
             values[rows, column - 1] = torch.where(live, model.scalar(hidden), 0.0)
         lengths[rows] += live
         ended[rows] |= live & (token == end)
+        return token
+
+    def advance():
+        token.copy_(choose(model(token[:, None], cache)[:, 0]))
+
+    token, step, shape, left = choose(hidden), advance, None, R
+    for n in range(1, max_new_tokens + 1):  # n tokens a row so far
         if on_token:
             on_token(token.tolist())
-        if (on_token or step % CHECK_EVERY == CHECK_EVERY - 1) and (stay := ~ended[rows]).sum() < len(rows):
-            rows, token = rows[stay], token[stay]
-            cache.keep(stay)
-            if not len(rows):
-                break
-        if step < max_new_tokens - 1:
-            hidden = model(token[:, None], cache)[:, 0]  # (n, C)
+        if on_token or n % CHECK_EVERY == 0:
+            stay = ~ended[rows]
+            left = int(stay.sum())
+            if left <= (len(rows) - 1 if on_token else len(rows) // 2):  # not for a few: it copies the cache
+                rows, token = rows[stay], token[stay]
+                cache.keep(stay)
+        if n == max_new_tokens or not left:
+            break
+        cache.extend()
+        if shape != (shape := (len(rows), cache.span)) and graphs:
+            step = replayed(advance)
+        step()
     model.train(training)
 
     T = int(lengths.max())

@@ -252,9 +252,10 @@ def test_decoding_step_by_step_equals_the_full_forward_for_prompts_of_different_
     cache = KVCache(model.config, 4, 9 + steps, dtype=torch.float64)
     padded = ids[:, :9].masked_fill(torch.arange(9) >= prompts[:, None], 7)
     torch.testing.assert_close(model(padded, cache)[rows, prompts - 1], full[rows, prompts - 1], rtol=0, atol=1e-10)
-    cache.pos = prompts.clone()
+    cache.fill(prompts, 9)
     for step in range(steps):
         column = prompts + step
+        cache.extend()
         hidden = model(ids[rows, column][:, None], cache)
         torch.testing.assert_close(hidden[:, 0], full[rows, column], rtol=0, atol=1e-10)
 
@@ -265,19 +266,22 @@ def test_rows_dropped_from_the_cache_leave_the_others_as_they_were(model):
     full, stay = model(ids), torch.tensor([0, 2])
     cache = KVCache(model.config, 3, 12, dtype=torch.float64)
     model(ids[:, :6], cache)
-    cache.pos = prompts.clone()
+    cache.fill(prompts, 6)
     cache.keep(stay)
+    cache.extend()
     hidden = model(ids[stay, prompts[stay]][:, None], cache)
     torch.testing.assert_close(hidden[:, 0], full[stay, prompts[stay]], rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
-def test_decoding_beyond_the_context_raises_valueerror(model):
-    cache = KVCache(model.config, 1, 30, dtype=torch.float64)
-    model(random_ids(1, 24), cache)
-    cache.pos = torch.tensor([24])
-    with pytest.raises(ValueError, match="longer than the context"):
-        model(random_ids(1, 1), cache)
+def test_decoding_beyond_the_context_or_the_cache_raises_valueerror(model):
+    with pytest.raises(ValueError, match="32 tokens are longer than the context of 24"):
+        KVCache(model.config, 1, 32)
+    cache = KVCache(model.config, 1, 20, dtype=torch.float64)
+    model(random_ids(1, 20), cache)
+    cache.fill(torch.tensor([20]), 20)
+    with pytest.raises(ValueError, match="room for 20 tokens"):
+        cache.extend()
 
 
 def test_the_scalar_head_computes_in_fp32_even_under_autocast(tiny):
