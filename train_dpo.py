@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from nanopost.checkpoint import load_model
 from nanopost.config import UserError, cli
-from nanopost.data import batches, collate, load_pairs, split
+from nanopost.data import batches, collate, load_pairs, split, to_device
 from nanopost.run import Options, Run, adamw, schedule
 from nanopost.sampling import show_answers
 
@@ -76,7 +76,7 @@ def reference_logprobs(model, pairs, device, batch_size=64):
 def batch_loss(policy, pairs, ref_logprobs, beta, label_smoothing, device):
     """Losses (B,) of B pairs and the statistics to log, (B,) each. ref_logprobs (B, 2): from reference_logprobs."""
     chosen, rejected = pair_logprobs(policy, pairs, device)
-    ref_chosen, ref_rejected = ref_logprobs.to(device).unbind(1)
+    ref_chosen, ref_rejected = to_device(ref_logprobs, device).unbind(1)
     losses, *rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, label_smoothing)
     chosen_rewards, rejected_rewards = rewards
     return losses, {"loss": losses.detach(), "rewards/chosen": chosen_rewards, "rewards/rejected": rejected_rewards,

@@ -26,7 +26,7 @@ import torch
 
 from nanopost.checkpoint import freeze, load_model
 from nanopost.config import UserError, cli
-from nanopost.data import batches, load_prompts, split
+from nanopost.data import batches, load_prompts, split, to_device
 from nanopost.reward import load_reward, load_reward_model
 from nanopost.run import Options, Run, adamw, schedule
 from nanopost.sampling import generate, show_answers
@@ -56,7 +56,7 @@ class Config(Options):
     lam: float = 0.95  # GAE's lambda
     clip: float = 0.2  # of the probability ratio
     value_clip: float = 0.2  # of the change of a value
-    value_coef: float = 0.1  # weight of the value loss
+    value_coef: float = 0.5  # weight of the value loss
     missing_end_score: float = -1.0  # the score of an answer that does not end
     lr: float = 5e-4  # learning rate at the start, falling linearly to 0; 1e-5 suits GPT-2 124M
     warmup: int = 5  # iterations with rising learning rate
@@ -117,8 +117,8 @@ def value_loss(values, old_values, returns, mask, clip=0.2, count=None):
 def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, config, beta, noise=None):
     """Samples an answer to each prompt and computes all that the updates need; score(prompts, samples) -> (B,).
 
-    Returns a dict: ids (B, T); lengths, scores, kl, entropy, ended (B,); the rest (B, T-1). Log-probs and values (of a
-    shared trunk) are the sampling pass's; the first minibatch finds them again. noise: see generate.
+    Returns a dict, on the CPU: ids (B, T); lengths, scores, kl, entropy, ended (B,); the rest (B, T-1). Log-probs and
+    values (of a shared trunk) are the sampling pass's; the first minibatch finds them again. noise: see generate.
     """
     samples = generate(policy, prompt_ids, config.max_new_tokens, tokenizer.end, temperature=config.temperature,
                        noise=noise, pad=tokenizer.pad)
@@ -129,28 +129,29 @@ def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, co
     scores = torch.where(samples.ended, score(prompts, samples).to(old), config.missing_end_score)  # (B,)
     rewards = token_rewards(scores, old, ref, mask, beta)
     advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-    return {"ids": ids, "mask": mask, "lengths": samples.lengths, "old_logprobs": old, "old_values": values,
-            "returns": returns, "advantages": advantages, "scores": scores, "kl": (old - ref).sum(1),
-            "entropy": -old.sum(1), "ended": samples.ended}
+    batch = dict(ids=ids, mask=mask, lengths=samples.lengths, old_logprobs=old, old_values=values, returns=returns,
+                 advantages=advantages, scores=scores, kl=(old - ref).sum(1), entropy=-old.sum(1), ended=samples.ended)
+    return {name: x.cpu() for name, x in batch.items()}
 
 
 def minibatch_loss(policy, critic, batch, rows, count, config):
     """The loss of some rows of a rollout, and its statistics as sums over tokens / count, so that parts add up."""
     T = int(batch["lengths"][rows].max())  # padding beyond the longest of these rows is cut off
+    index = batch["mask"][rows, : T - 1].flatten().nonzero()[:, 0]  # (N,) of the response tokens
     names = "mask", "old_logprobs", "old_values", "returns", "advantages"
-    mask, old_logprobs, old_values, returns, advantages = (batch[name][rows][:, : T - 1] for name in names)
-    ids, index = batch["ids"][rows][:, :T], mask.flatten().nonzero()[:, 0]
+    tensors = [batch["ids"][rows, :T], index, *(batch[name][rows, : T - 1] for name in names)]
+    ids, index, mask, old_logprobs, old_values, returns, advantages = (to_device(x, policy.device) for x in tensors)
     hidden = policy(ids)  # (B, T, C)
     logprobs = policy.logprobs(hidden, ids, index, config.temperature)  # (B, T-1)
     values = (policy.scalar(hidden) if critic is None else critic.scalar(critic(ids)))[:, :-1]  # (B, T-1)
     pg = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip, count)
     vf = value_loss(values, old_values, returns, mask, config.value_clip, count)
     with torch.no_grad():  # health: up to rounding all 0, and the ratio 1, on the first minibatch
-        log_ratio = (logprobs - old_logprobs)[mask]  # (N,)
-        ratio, adv = log_ratio.exp(), advantages[mask]
+        log_ratio = (logprobs - old_logprobs).flatten()[index]  # (N,)
+        ratio, adv = log_ratio.exp(), advantages.flatten()[index]
         binds = -adv * ratio < -adv * ratio.clamp(1 - config.clip, 1 + config.clip)
         clipped = old_values + (values - old_values).clamp(-config.value_clip, config.value_clip)
-        value_binds = ((values - returns) ** 2 < (clipped - returns) ** 2)[mask]
+        value_binds = ((values - returns) ** 2 < (clipped - returns) ** 2).flatten()[index]
         sums = {"policy/approxkl": 0.5 * log_ratio**2, "policy/approxkl_k3": ratio - 1 - log_ratio, "val/ratio": ratio,
                 "policy/clipfrac": binds, "val/clipfrac": value_binds, "val/ratio_var": (ratio - 1) ** 2}
         stats = {name: x.sum() / count for name, x in sums.items()}
@@ -162,9 +163,8 @@ def update(run, policy, critic, optimizer, batch, config):
     batch, history = {**batch, "advantages": whiten(batch["advantages"], batch["mask"])}, []
     for _ in range(config.epochs):
         for rows in torch.randperm(len(batch["ids"])).tensor_split(config.minibatches):
-            rows = rows[batch["lengths"][rows].cpu().argsort()]  # like lengths together: less padding
-            count = batch["mask"][rows].sum()  # one denominator: the response tokens of the whole minibatch
-            total = {}
+            rows = rows[batch["lengths"][rows].argsort()]  # like lengths together: less padding
+            count, total = batch["mask"][rows].sum(), {}  # one denominator: the whole minibatch's response tokens
             for part in split(run.shard(rows), config.micro_batch):
                 with run.autocast():
                     loss, stats = minibatch_loss(policy, critic, batch, part, count, config)

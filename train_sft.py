@@ -64,14 +64,14 @@ def masked_cross_entropy(logits, targets, mask, count=None):
     return nll.sum() / (mask.sum() if count is None else count)
 
 
-def batch_loss(model, batch, count=None):
-    """The loss of one micro-batch; `count` as in masked_cross_entropy.
+def batch_loss(model, batch, count=None, loss=masked_cross_entropy):
+    """The loss of one micro-batch; `count` as in masked_cross_entropy, which may be given compiled.
 
     The mask of prompts and padding is applied by batch.index (collate made it): logits exist at the N targets only.
     """
     hidden = model(batch.ids)[:, :-1].flatten(0, 1)[batch.index]  # (B, T, C) -> (B, T-1, C) -> (N, C)
     targets = batch.ids[:, 1:].flatten()[batch.index]  # (N,)
-    return masked_cross_entropy(model.logits(hidden), targets, torch.ones_like(targets, dtype=torch.bool), count)
+    return loss(model.logits(hidden), targets, torch.ones_like(targets, dtype=torch.bool), count)
 
 
 def update(run, model, optimizer, examples, config):
@@ -80,7 +80,7 @@ def update(run, model, optimizer, examples, config):
     loss = 0.0
     for rows in split(run.shard(examples), config.micro_batch):
         with run.autocast():
-            part = batch_loss(model, collate(rows, run.device), count)
+            part = batch_loss(model, collate(rows, run.device), count, run.compiled(masked_cross_entropy))
         run.backward(part)
         loss += part.detach()
     return {**run.sum({"loss": loss}), "grad_norm": run.update(optimizer, config.grad_clip)}

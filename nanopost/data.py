@@ -230,7 +230,12 @@ def collate(examples: list[Example], device="cpu", pad_id: int = 0) -> Batch:
         mask[row, : len(example.ids)] = example.mask
     mask = mask[:, 1:]  # token-aligned -> target-aligned
     tensors = ids, mask, np.flatnonzero(mask), lengths
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(t)).to(device, non_blocking=True) for t in tensors))
+    return Batch(*(to_device(torch.from_numpy(np.ascontiguousarray(t)), device) for t in tensors))
+
+
+def to_device(x: torch.Tensor, device) -> torch.Tensor:
+    """x of the host on the device. From pinned memory a GPU fetches it by itself: nobody waits for anybody."""
+    return (x.pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
 
 
 def batches(lengths: list[int], batch_size: int, seed: int = 0, window: int = 16):

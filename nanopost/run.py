@@ -34,7 +34,7 @@ class Options:
     seed: int = 0  # of the initialisation, the data order and the sampling
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # of the computation, weights stay fp32: fp32, bf16, fp16 or auto (the best on CUDA, else fp32)
-    compile: bool = True  # torch.compile the blocks; on CUDA only
+    compile: bool = True  # torch.compile the blocks and the cross-entropy; on CUDA only
     log_every: int = 10  # steps between two lines of metrics.jsonl
     save_every: int = 200  # steps between two checkpoints
     keep_every: int = 0  # steps between two copies of the model that are kept, in step-N of the folder; 0: none
@@ -107,6 +107,7 @@ class Run:
             if os.path.isdir(folder) and out in (path := os.path.realpath(folder), os.path.dirname(path)):  # a copy
                 raise UserError(f"--out and --{name} are {options.out} and {folder}; a run may not overwrite what it "
                                 "starts from")
+        self.compiling, self.functions = options.compile and cuda, {}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         torch.set_float32_matmul_precision("high")  # TF32 where there are tensor cores
         torch.manual_seed(options.seed)
@@ -181,11 +182,20 @@ class Run:
             self.fresh = True
             self.metrics.hold()  # until `replace`
         distributed.same_start(modules)
-        if self.options.compile and self.device.type == "cuda":
+        if self.compiling:
             for model in modules.values():
-                for block in model.h:
+                model.nll = self.compiled(model.nll)
+                for block in model.h:  # block by block: they share their graphs
                     block.compile()
         return True
+
+    def compiled(self, function):
+        """The function, compiled once where compiling is on; for tensors of any length."""
+        if not self.compiling:
+            return function
+        if function not in self.functions:
+            self.functions[function] = torch.compile(function, dynamic=True)
+        return self.functions[function]
 
     def steps(self):
         """The steps still to do, 0..total-1, with a progress bar and a checkpoint every save_every steps."""

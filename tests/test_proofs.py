@@ -429,7 +429,7 @@ def step(script, micro_batch, order=1):
         batch = own_rollout(model)
         batch = {name: x[::order] if order > 0 else x.flip(0) for name, x in batch.items()}
         [stats] = train_ppo.update(run, model, None, optimizer, batch, config)
-        loss = stats["loss/policy"] + 0.1 * stats["loss/value"]
+        loss = stats["loss/policy"] + 0.5 * stats["loss/value"]
     return before, [p.detach() for p in model.parameters()], loss, model
 
 
@@ -452,7 +452,7 @@ def one_loss(script, model):
     white = (batch["advantages"] - mean) / (variance + 1e-8).sqrt()
     surrogate = ((logp - batch["old_logprobs"]).exp() * white)[MASK].sum()
     errors = ((model.scalar(hidden)[:, :-1] - batch["returns"]) ** 2)[MASK].sum()
-    return (0.1 * errors / 2 - surrogate) / MASK.sum()
+    return (0.5 * errors / 2 - surrogate) / MASK.sum()
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1, 7])
