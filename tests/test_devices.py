@@ -20,6 +20,7 @@ import train_ppo
 import train_rm
 import train_sft
 from enumerable import EXAMPLES, tiny_gpt
+from measured import at_most
 from nanopost import model as model_file
 from nanopost import sampling
 from nanopost.data import to_device
@@ -132,7 +133,8 @@ def test_replayed_steps_sample_what_steps_sample(options, traces, tiny, monkeypa
     usual = sampling.generate(model, PROMPTS, 120, 3, noise=noise, **options)
     assert len(set(usual.lengths.tolist())) > 1
     for a, b in zip(vars(replayed).values(), vars(usual).values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        assert a.shape == b.shape
+        at_most((a.double() - b.double()).abs().max(), 1e-12)
 
 
 def test_a_graph_serves_all_steps_of_a_shape(traces, tiny):
@@ -223,7 +225,7 @@ def test_the_convolution_is_the_matrix_product_and_so_are_its_gradients(shape, b
     assert len(convolutions) == model_file.ONEDNN
     for ours, exact in zip(*results):
         assert ours.shape == exact.shape and ours.dtype == torch.float32
-        assert (ours.double() - exact).abs().max() < 1e-5 * exact.abs().max()
+        at_most((ours.double() - exact).abs().max() / exact.abs().max(), 1e-5)
 
 
 @pytest.mark.parametrize("x", [torch.ones(300, 128).double(), torch.ones(4, 128), torch.ones(300, 128).bfloat16(),
