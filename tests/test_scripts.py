@@ -331,10 +331,10 @@ VOWELS = "reward.py:vowels"
 
 
 def test_ppo_raises_a_reward_that_is_a_python_function(workshop, tmp_path, metrics):
-    out = workshop.run("ppo", tmp_path / "out", reward=workshop.path(VOWELS), steps=15, batch_size=24, beta=0.0,
+    out = workshop.run("ppo", tmp_path / "out", reward=workshop.path(VOWELS), steps=20, batch_size=24, beta=0.0,
                        lr=2e-2, epochs=4, eval_every=100, missing_end_score=0.0)
     scores = [line["objective/scores"] for line in metrics(out) if "objective/scores" in line]
-    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.2
+    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.15  # a policy that does not learn stays at 0.01
     assert all(0 <= score <= 1 for score in scores)
 
 
