@@ -37,7 +37,7 @@ class Config(Options):
     epochs: float = 1.0  # passes over the pairs; more than one over-fits
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
     batch_size: int = 16  # pairs a step
-    micro_batch: int = 0  # pairs a forward pass; 0: the whole batch at once
+    micro_batch: int = 16  # pairs a forward pass: more than a CPU's cache holds are slower; 0: the whole batch at once
     lr: float = 1e-3  # peak learning rate; 2e-5 suits GPT-2 124M
     warmup: float = 0.05  # share of the steps with rising learning rate; then linear decay to 0
     weight_decay: float = 0.0  # of the matrices
@@ -75,7 +75,7 @@ def update(run, model, optimizer, pairs, config):
 
 
 @torch.no_grad()
-def evaluate(model, pairs, device, batch_size=64):
+def evaluate(model, pairs, device, batch_size=32):
     """Held-out loss, accuracy (chosen scores higher) and margin (mean difference) over all pairs."""
     pairs = sorted(pairs, key=lambda pair: max(len(side.ids) for side in pair))
     sides = [score_pairs(model, part, device) for part in split(pairs, batch_size)]

@@ -74,9 +74,9 @@ class Size:
 SIZES = {
     "tiny": Size(GPTConfig(64, 32, 1, 2, 16), 5, 6, 2, 2, 0, (2,),
                  dict(batch_size=2, max_new_tokens=4, epochs=1, minibatches=1, micro_batch=0)),
-    "embedded": Size(GPTConfig(1024, 128, 2, 4, 128), 18, 27, 16, 16, 0, (64, 256),
+    "embedded": Size(GPTConfig(1024, 128, 2, 4, 128), 18, 27, 16, 16, 16, (64, 256),
                      dict(batch_size=128, max_new_tokens=32, epochs=2, minibatches=2, micro_batch=32)),
-    "trl-small": Size(GPTConfig(1024, 128, 4, 4, 128), 18, 27, 32, 32, 0, (64,),
+    "trl-small": Size(GPTConfig(1024, 128, 4, 4, 128), 18, 27, 32, 32, 16, (64,),
                       dict(batch_size=64, max_new_tokens=32, epochs=4, minibatches=1, micro_batch=32)),
     "gpt2": Size(GPTConfig(), 64, 128, 64, 64, 32, (64, 256, 512),
                  dict(batch_size=512, max_new_tokens=128, epochs=4, minibatches=4, micro_batch=64), full=True),
