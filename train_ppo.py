@@ -26,7 +26,7 @@ import torch
 
 from nanopost.checkpoint import freeze, load_model
 from nanopost.config import UserError, cli
-from nanopost.data import batches, load_prompts, split, to_device
+from nanopost.data import PAD_TO, batches, load_prompts, split, to_device
 from nanopost.reward import load_reward, load_reward_model
 from nanopost.run import Options, Run, adamw, schedule
 from nanopost.sampling import generate, show_answers
@@ -136,7 +136,7 @@ def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, co
 
 def minibatch_loss(policy, critic, batch, rows, count, config):
     """The loss of some rows of a rollout, and its statistics as sums over tokens / count, so that parts add up."""
-    T = int(batch["lengths"][rows].max())  # padding beyond the longest of these rows is cut off
+    T = -(-int(batch["lengths"][rows].max()) // PAD_TO) * PAD_TO  # padding beyond the longest of these rows is cut off
     index = batch["mask"][rows, : T - 1].flatten().nonzero()[:, 0]  # (N,) of the response tokens
     names = "mask", "old_logprobs", "old_values", "returns", "advantages"
     tensors = [batch["ids"][rows, :T], index, *(batch[name][rows, : T - 1] for name in names)]

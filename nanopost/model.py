@@ -29,10 +29,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     It is the same sum, but PyTorch gives F.linear to MKL, which leaves AVX-512 unused on AMD's processors, and a
     convolution to oneDNN, which is twice as fast there and with AVX2 as fast. The dilation has nothing to spread in a
-    1x1 kernel; without it and on one thread PyTorch would go to MKL here too. Few rows gain nothing.
+    1x1 kernel; without it and on one thread PyTorch would go to MKL here too. Few rows are not worth the way.
     """
     fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if x.device.type != "cpu" or not fp32 or x.numel() < 2**15 or not ONEDNN:
+    few = x.shape[:-1].numel() < 128 or x.numel() < 2**15
+    if x.device.type != "cpu" or not fp32 or few or not ONEDNN:
         return F.linear(x, weight, bias)
     image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, I, 1, rows): channels last, nothing is copied
     y = F.conv2d(image, weight[:, :, None, None], bias, dilation=2)  # (1, O, 1, rows)
@@ -45,6 +46,11 @@ class Linear(nn.Linear):
 
 
 LOGIT_ROWS = 2**13  # rows of fp32 logits made at once where log-probabilities are: 1.6 GB for GPT-2's vocabulary
+
+
+def token_nll(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
+    """-log softmax(logits / temperature) of the targets, in nats, fp32: logits (N, V), targets (N,) -> (N,)."""
+    return F.cross_entropy(upcast(logits) / temperature, targets, reduction="none")
 
 
 @dataclass
@@ -77,8 +83,8 @@ class GPTConfig:
 class KVCache:
     """Keys and values of every layer for B rows of at most S tokens, allocated once.
 
-    `pos` (B,) is the number of tokens that each row holds: the column that its next token goes to. `used` is the
-    largest of them, known on the host, and `span` how many columns a step attends to: a multiple of `columns`, so that
+    `pos` (B,) is the number of tokens that each row holds: the column that its next token goes to. No row holds more
+    than `used`, a number of the host; `span` is how many columns a step attends to, a multiple of `columns`, so that
     few shapes occur, which is what CUDA graphs want. Raises ValueError if S is longer than the context.
     """
 
@@ -151,6 +157,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The trunk, the tied output matrix and, if the configuration says so, a scalar head."""
 
+    nll = staticmethod(token_nll)  # a run may put a compiled one here
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -204,7 +212,7 @@ class GPT(nn.Module):
             position, mask = torch.arange(T, device=device), None  # (T,)
         x = self.drop(self.wte(ids) + self.wpe(position))  # (B, T, C)
         for layer, block in enumerate(self.h):
-            # decoding changes its shapes at every step: .forward goes past torch.compile, which is for training
+            # decoding has CUDA graphs instead, and shapes of its own: .forward goes past torch.compile
             x = block(x) if cache is None else block.forward(x, cache.kv[layer], cache.pos, mask)
         if decoding:
             cache.pos.add_(1)
@@ -224,10 +232,6 @@ class GPT(nn.Module):
         rows = torch.arange(len(ids), device=ids.device)
         return self.scalar(self(ids)[rows, lengths - 1])  # (B, T, C) -> (B, C) -> (B,)
 
-    def nll(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-        """hidden (N, C), targets (N,) -> (N,): -log p(target), in nats, fp32."""
-        return F.cross_entropy(upcast(self.logits(hidden)) / temperature, targets, reduction="none")
-
     def logprobs(self, hidden: torch.Tensor, ids: torch.Tensor, index: torch.Tensor, temperature: float = 1.0):
         """Token log-probabilities in nats, fp32, target-aligned: hidden (B, T, C), ids (B, T) -> (B, T-1).
 
@@ -236,6 +240,6 @@ class GPT(nn.Module):
         """
         h = hidden[:, :-1].flatten(0, 1)[index]  # (N, C)
         targets = ids[:, 1:].flatten()[index]  # (N,)
-        logp = torch.cat([-self.nll(h, targets, temperature)
+        logp = torch.cat([-self.nll(self.logits(h), targets, temperature)
                           for h, targets in zip(h.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))])  # (N,)
         return logp.new_zeros(ids[:, 1:].numel()).index_put((index,), logp).view_as(ids[:, 1:])  # (B, T-1)

@@ -20,6 +20,7 @@ from nanopost import distributed
 from nanopost.checkpoint import atomic, load_file, save_model
 from nanopost.config import UserError
 from nanopost.metrics import Metrics
+from nanopost.model import token_nll
 from nanopost.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,9 +69,13 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(1, device=name).device
+        device = torch.empty(1, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # CUDA graphs are captured on the current one
+        torch.backends.cuda.enable_cudnn_sdp(False)  # its attention plans anew for every new shape, and takes its time
+    return device
 
 
 class Run:
@@ -184,7 +189,7 @@ class Run:
         distributed.same_start(modules)
         if self.compiling:
             for model in modules.values():
-                model.nll = self.compiled(model.nll)
+                model.nll = self.compiled(token_nll)
                 for block in model.h:  # block by block: they share their graphs
                     block.compile()
         return True

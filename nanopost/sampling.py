@@ -13,7 +13,7 @@ import torch
 from nanopost.model import GPT, KVCache, upcast
 
 CHECK_EVERY = 4  # decoding steps between two looks at which rows have ended
-GRAPHS = ("cuda",)  # devices where a decoding step is replayed: only shapes that last are worth a graph
+GRAPHS = ("cuda",)  # devices where a decoding step is captured and replayed
 BATCH_TOKENS = 2**16  # of all rows of a batch together: 5 GB of keys and values in fp32 for GPT-2 124M
 
 
@@ -68,14 +68,15 @@ def capture(step):
 def replayed(step):
     """step(), whose first call is a warm-up: libraries initialise, autocast makes its copies of the weights. The second
     is captured, and it and all later ones are replayed: step must use the same tensors each time, and never look."""
-    replay = calls = 0
+    warm, replay = False, None
 
     def call():
-        nonlocal replay, calls
-        calls += 1
-        if calls == 2:
-            replay = capture(step)
-        (replay or step)()
+        nonlocal warm, replay
+        if not warm:
+            warm = True
+            return step()
+        replay = replay or capture(step)
+        replay()
 
     return call
 
@@ -121,7 +122,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
     rows = torch.arange(R, device=device)  # (n,) the samples that the n rows of the cache belong to
 
     def choose(hidden):
-        """The next token of every row (n,), given the hidden state (n, C) of its last; writes down what is known of it."""
+        """The next token of every row (n,), from the hidden state of its last (n, C); writes down what is known of it."""
         column, logits = cache.pos, model.logits(hidden)  # (n,), (n, V)
         if temperature not in (0, 1):
             logits = upcast(logits) / temperature
@@ -147,21 +148,23 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
     def advance():
         token.copy_(choose(model(token[:, None], cache)[:, 0]))
 
-    token, step, shape, left = choose(hidden), advance, None, R
+    token, step, shape = choose(hidden), advance, None
     for n in range(1, max_new_tokens + 1):  # n tokens a row so far
         if on_token:
             on_token(token.tolist())
+        if n == max_new_tokens:
+            break
         if on_token or n % CHECK_EVERY == 0:
             stay = ~ended[rows]
             left = int(stay.sum())
             if left <= (len(rows) - 1 if on_token else len(rows) // 2):  # not for a few: it copies the cache
                 rows, token = rows[stay], token[stay]
                 cache.keep(stay)
-        if n == max_new_tokens or not left:
-            break
+            if not left:
+                break
         cache.extend()
-        if shape != (shape := (len(rows), cache.span)) and graphs:
-            step = replayed(advance)
+        if graphs and shape != (len(rows), cache.span):  # a graph is of one shape
+            step, shape = replayed(advance), (len(rows), cache.span)
         step()
     model.train(training)
 

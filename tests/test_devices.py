@@ -7,6 +7,7 @@ are made. The CPU's own multiplication, by oneDNN, equals PyTorch's.
 """
 
 import contextlib
+import copy
 import functools
 import inspect
 
@@ -25,7 +26,7 @@ from nanopost import model as model_file
 from nanopost import sampling
 from nanopost.data import to_device
 from nanopost.model import KVCache, linear
-from nanopost.run import Run
+from nanopost.run import Run, find_device
 
 # --------------------------------------------------------------------------------------- one step never waits
 
@@ -56,18 +57,31 @@ def steps(module, **options):
 
 
 @pytest.fixture
-def meta(monkeypatch):
-    """torch.autocast has no meta device; it is off here anyhow."""
+def without_autocast(monkeypatch):
+    """It has no meta device; it is off in these tests anyhow."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
 
 
+def refuse_copies_that_wait(monkeypatch):
+    to = torch.Tensor.to
+
+    def without_waiting(x, *arguments, **options):
+        y = to(x, *arguments, **options)
+        assert y.device == x.device or options.get("non_blocking"), f"a copy to {y.device} that waits"
+        return y
+
+    monkeypatch.setattr(torch.Tensor, "to", without_waiting)
+
+
 @pytest.mark.parametrize("module", [train_sft, train_rm, train_dpo, train_ppo], ids=lambda m: m.__name__)
-def test_an_optimizer_step_never_waits_for_the_device(module, meta):
+def test_an_optimizer_step_never_waits_for_the_device(module, without_autocast, monkeypatch):
     options = dict(max_new_tokens=4, minibatches=1, epochs=2) if module is train_ppo else {}
     config, go = steps(module, **options)
     run = Run("test", config)
     run.device = torch.device("meta")
-    stats = go(run, tiny_gpt(1).add_head(0.1).to("meta"))
+    model = tiny_gpt(1).add_head(0.1).to("meta")
+    refuse_copies_that_wait(monkeypatch)
+    stats = go(run, model)
     assert len(stats) == 2
     for name, value in stats[0].items():
         assert isinstance(value, torch.Tensor) and value.is_meta, f"{name} was looked at"
@@ -78,6 +92,13 @@ def test_an_optimizer_step_never_waits_for_the_device(module, meta):
 def test_looking_at_the_meta_device_or_mixing_it_with_the_host_fails(look):
     with pytest.raises((RuntimeError, NotImplementedError)):
         look(torch.ones(3, device="meta"))
+
+
+def test_a_rollout_is_brought_to_the_host_whole(monkeypatch):
+    brought, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: brought.append(cpu(x)) or brought[-1])
+    batch = rollout_on_the_host(train_ppo.Config(device="cpu", max_new_tokens=4))
+    assert all(any(x is y for y in brought) for x in batch.values())
 
 
 def test_what_goes_to_a_gpu_is_pinned_and_nobody_waits(monkeypatch):
@@ -121,14 +142,49 @@ def traces(monkeypatch):
     return made
 
 
+def run_on_meta(function):
+    """Calls a closure, and those that it calls, with all their tensors and models on the meta device."""
+    cells, queue = [], [function]
+    while queue:
+        for cell in queue.pop().__closure__ or ():
+            x = cell.cell_contents
+            if inspect.isfunction(x):
+                queue.append(x)
+            elif isinstance(x, (torch.Tensor, torch.nn.Module, KVCache)):
+                cells.append((cell, x))
+    on_meta = {}  # a tensor that two closures share stays one tensor
+    for cell, x in cells:
+        if id(x) not in on_meta and isinstance(x, KVCache):
+            on_meta[id(x)] = copy.copy(x)
+            on_meta[id(x)].kv, on_meta[id(x)].pos = x.kv.to("meta"), x.pos.to("meta")
+        elif id(x) not in on_meta:
+            on_meta[id(x)] = copy.deepcopy(x).to("meta")
+        cell.cell_contents = on_meta[id(x)]
+    function()
+    for cell, x in cells:
+        cell.cell_contents = x
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9}])
+def test_a_decoding_step_looks_at_nothing_and_uses_nothing_of_the_host(options, tiny, without_autocast, monkeypatch):
+    tried = []
+    monkeypatch.setattr(sampling, "capture", lambda step: tried.append(run_on_meta(step)) or step)
+    monkeypatch.setattr(sampling, "GRAPHS", ("cpu",))
+    sampling.generate(tiny(60, block_size=160).add_head(1.0), PROMPTS, 120, 3, **options)
+    assert tried
+
+
 PROMPTS = [[1, 2, 3], [4, 5], [6] * 30, [7, 8], [9], [1, 1]]
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"temperature": 0}, {"top_k": 5, "top_p": 0.9}])
 def test_replayed_steps_sample_what_steps_sample(options, traces, tiny, monkeypatch):
     model, noise = tiny(60, block_size=160).double().add_head(1.0), torch.rand(6, 120).double()
+    drops, keep = [], KVCache.keep
+    monkeypatch.setattr(KVCache, "keep", lambda cache, rows: drops.append(rows) or keep(cache, rows))
     replayed = sampling.generate(model, PROMPTS, 120, 3, noise=noise, **options)
     assert len(traces) >= 2  # more columns, or fewer rows: another graph
+    assert drops or options, "no row was dropped"
     monkeypatch.setattr(sampling, "GRAPHS", ())
     usual = sampling.generate(model, PROMPTS, 120, 3, noise=noise, **options)
     assert len(set(usual.lengths.tolist())) > 1
@@ -153,6 +209,17 @@ def test_the_first_step_is_a_warm_up_the_second_is_captured(monkeypatch):
     for _ in range(4):
         call()
     assert log == ["step", "capture", "replay", "replay", "replay"]
+
+
+def test_graphs_are_captured_on_the_device_of_the_run(monkeypatch):
+    """--device cuda:1 makes it the current one, where torch.cuda.graph captures."""
+    calls = []
+    second = type("Tensor", (), {"device": torch.device("cuda:1")})
+    monkeypatch.setattr(torch, "empty", lambda *_, device: second if device == "cuda:1" else None)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", calls.append)
+    assert find_device("cuda:1") == second.device
+    assert calls == [second.device, False]
 
 
 # ------------------------------------------------------------------------------------------ graphs of torch.compile
@@ -182,6 +249,13 @@ def graphs(monkeypatch):
     monkeypatch.setattr(Run, "update", counted)
     yield at_step
     torch._dynamo.reset()
+
+
+def test_a_function_is_compiled_once_and_only_where_compiling_is_on():
+    run = Run("test", train_sft.Config(device="cpu"))
+    assert run.compiled(max) is max
+    run.compiling = True
+    assert run.compiled(linear) is run.compiled(linear) is not linear
 
 
 TEXTS = [{"prompt": "Say", "completion": "so " * (n % 13 + 1), "chosen": "a" * (n % 37 + 1), "rejected": "no"}
@@ -228,10 +302,10 @@ def test_the_convolution_is_the_matrix_product_and_so_are_its_gradients(shape, b
         at_most((ours.double() - exact).abs().max() / exact.abs().max(), 1e-5)
 
 
-@pytest.mark.parametrize("x", [torch.ones(300, 128).double(), torch.ones(4, 128), torch.ones(300, 128).bfloat16(),
-                               torch.ones(300, 128, device="meta")], ids=["double", "few rows", "bf16", "another device"])
+@pytest.mark.parametrize("x", [torch.ones(300, 128).double(), torch.ones(4, 128), torch.ones(127, 512), torch.ones(300, 128).bfloat16(),
+                               torch.ones(300, 128, device="meta")], ids=["double", "few numbers", "few rows", "bf16", "another device"])
 def test_everything_else_is_multiplied_as_ever(x, convolutions):
-    assert linear(x, x.new_ones(5, 128)).shape == (*x.shape[:-1], 5) and not convolutions
+    assert linear(x, x.new_ones(5, x.shape[-1])).shape == (*x.shape[:-1], 5) and not convolutions
 
 
 def test_autocast_and_a_pytorch_without_onednn_multiply_as_ever(convolutions, monkeypatch):

@@ -23,7 +23,7 @@ import train_rm
 import train_sft
 from conftest import make_tokenizer
 from nanopost.data import collate, encode_answer, encode_example
-from nanopost.model import GPT, Attention
+from nanopost.model import GPT, Attention, token_nll
 from nanopost.sampling import generate
 from nanopost.tokenizer import Tokenizer
 
@@ -127,11 +127,11 @@ MUTANTS = {
         ("the token before", "ids[:, 1:].flatten()", "ids[:, :-1].flatten()"),
         ("the wrong sign", "-self.nll", "self.nll"),
     ],
-    GPT.nll: [
-        ("no temperature", "upcast(self.logits(hidden)) / temperature", "upcast(self.logits(hidden))"),
-        ("the temperature upside down", " / temperature", " * temperature"),
-        ("the logit instead of its log-probability", "F.cross_entropy(upcast(self.logits(hidden)) / temperature, targets, "
-         "reduction=\"none\")", "-self.logits(hidden).gather(1, targets[:, None])[:, 0] / temperature"),
+    token_nll: [
+        ("no temperature", "upcast(logits) / temperature", "upcast(logits)"),
+        ("the temperature upside down", "upcast(logits) / temperature", "upcast(logits) * temperature"),
+        ("the logit instead of its log-probability", "F.cross_entropy(upcast(logits) / temperature, targets, "
+         "reduction=\"none\")", "-logits.gather(1, targets[:, None])[:, 0] / temperature"),
     ],
     GPT.logits: [("unused rows of the matrix get probability", "[..., : self.config.vocab_size]", "")],
     Attention.forward: [
