@@ -202,6 +202,24 @@ def test_a_graph_serves_all_steps_of_a_shape(traces, tiny):
     assert 1 <= len(traces) <= 6  # 64 rows can be halved six times
 
 
+def test_a_step_is_captured_and_not_run(monkeypatch):
+    """What capture() asks of CUDA: torch.cuda.graph around the step, in the mode that lets NCCL's thread go on."""
+    log = []
+
+    @contextlib.contextmanager
+    def graph(made, capture_error_mode):
+        log.append(("begin", made, capture_error_mode))
+        yield
+        log.append("end")
+
+    made = type("CUDAGraph", (), {"replay": "replay"})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: made)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    assert sampling.capture(lambda: log.append("step")) == "replay"
+    assert log == [("begin", made, "thread_local"), "step", "end"]
+    assert sampling.GRAPHS == ("cuda",)
+
+
 def test_the_first_step_is_a_warm_up_the_second_is_captured(monkeypatch):
     log = []
     monkeypatch.setattr(sampling, "capture", lambda step: log.append("capture") or functools.partial(log.append, "replay"))
@@ -229,7 +247,7 @@ def test_graphs_are_captured_on_the_device_of_the_run(monkeypatch):
 def graphs(monkeypatch):
     """Compiling is on, by a compiler that only counts: [number of graphs so far at every optimizer step]."""
     torch._dynamo.reset()
-    made, at_step = [], []
+    made, at_step = [], type("List", (list,), {})()
     compile, begin, update = torch.compile, Run.begin, Run.update
 
     def backend(graph, inputs):
@@ -244,6 +262,7 @@ def graphs(monkeypatch):
         at_step.append(len(made))
         return update(self, *arguments)
 
+    at_step.made = made
     monkeypatch.setattr(torch, "compile", functools.partial(compile, backend=backend))
     monkeypatch.setattr(Run, "begin", begin_compiling)
     monkeypatch.setattr(Run, "update", counted)
@@ -251,11 +270,29 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_a_function_is_compiled_once_and_only_where_compiling_is_on():
+def test_a_function_is_compiled_once_and_only_where_compiling_is_on(monkeypatch):
     run = Run("test", train_sft.Config(device="cpu"))
-    assert run.compiled(max) is max
+    assert not run.compiling and run.compiled(max) is max
     run.compiling = True
     assert run.compiled(linear) is run.compiled(linear) is not linear
+    monkeypatch.setattr("nanopost.run.find_device", lambda name: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    for wanted in (True, False):
+        assert Run("test", train_sft.Config(device="cuda:0", compile=wanted)).compiling == wanted
+
+
+def test_the_rows_of_ppo_have_few_lengths_too(tiny, monkeypatch):
+    """Minibatches are cut to multiples of 8 columns, or are as wide as the rollout."""
+    widths, forward = [], model_file.GPT.forward
+    config = train_ppo.Config(device="cpu", minibatches=1, epochs=1, micro_batch=1)
+    lengths = torch.tensor([3, 8, 9, 22])
+    mask = torch.arange(1, 22) < lengths[:, None]  # (4, 21)
+    zeros = dict.fromkeys(("old_logprobs", "old_values", "returns", "advantages"), torch.zeros(4, 21))
+    batch = {"ids": torch.ones(4, 22, dtype=torch.long), "lengths": lengths, "mask": mask, **zeros}
+    monkeypatch.setattr(model_file.GPT, "forward", lambda model, ids: widths.append(ids.shape[1]) or forward(model, ids))
+    policy = tiny(60).add_head(0.1)
+    train_ppo.update(Run("test", config), policy, None, torch.optim.SGD(policy.parameters(), 0.0), batch, config)
+    assert widths == [8, 8, 16, 22]
 
 
 TEXTS = [{"prompt": "Say", "completion": "so " * (n % 13 + 1), "chosen": "a" * (n % 37 + 1), "rejected": "no"}
@@ -272,6 +309,9 @@ def test_nothing_is_compiled_after_the_first_steps(script, key, options, graphs,
     workshop.run(script, tmp_path / "run", **options)
     assert len(graphs) >= 12 and 0 < graphs[-1] <= 5
     assert set(graphs[4:]) == {graphs[-1]}, f"graphs made up to every step: {graphs}"
+    losses = [graph for graph in graphs.made if "cross_entropy" in graph.code]
+    assert 1 <= len(losses) <= 2 if script != "rm" else not losses
+    assert sum("scaled_dot_product_attention" in graph.code for graph in graphs.made) == len(graphs.made) - len(losses)
 
 
 # ------------------------------------------------------------------------------------- the CPU's matrix products
@@ -302,7 +342,12 @@ def test_the_convolution_is_the_matrix_product_and_so_are_its_gradients(shape, b
         at_most((ours.double() - exact).abs().max() / exact.abs().max(), 1e-5)
 
 
-@pytest.mark.parametrize("x", [torch.ones(300, 128).double(), torch.ones(4, 128), torch.ones(127, 512), torch.ones(300, 128).bfloat16(),
+def test_a_cpu_with_avx_has_onednn_multiply():
+    x86 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    assert model_file.ONEDNN or not x86
+
+
+@pytest.mark.parametrize("x", [torch.ones(300, 128).double(), torch.ones(200, 128), torch.ones(127, 512), torch.ones(300, 128).bfloat16(),
                                torch.ones(300, 128, device="meta")], ids=["double", "few numbers", "few rows", "bf16", "another device"])
 def test_everything_else_is_multiplied_as_ever(x, convolutions):
     assert linear(x, x.new_ones(5, x.shape[-1])).shape == (*x.shape[:-1], 5) and not convolutions

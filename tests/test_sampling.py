@@ -221,6 +221,36 @@ def test_a_prompt_that_leaves_no_room_or_is_empty_raises_valueerror(model):
         generate(model, [[1], []], 3, END)
 
 
+def test_on_token_sees_the_tokens_of_the_rows_still_going(model):
+    steps, prompts = [], make_prompts()
+    s = generate(model, prompts, 20, END, on_token=steps.append, generator=torch.Generator().manual_seed(0))
+    answers = [ids[start:stop] for ids, start, stop in zip(s.ids.tolist(), s.prompt_lengths.tolist(), s.lengths.tolist())]
+    assert steps == [[answer[n] for answer in answers if len(answer) > n] for n in range(max(map(len, answers)))]
+    assert len(steps[0]) == len(prompts) > len(steps[-1])
+
+
+def test_sampling_stops_when_all_rows_have_ended(model, monkeypatch):
+    steps, extend = [], sampling.KVCache.extend
+    monkeypatch.setattr(sampling.KVCache, "extend", lambda cache: steps.append(1) or extend(cache))
+    s = generate(model, [[1]] * 3, 30, END, generator=torch.Generator().manual_seed(0))
+    longest = int((s.lengths - s.prompt_lengths).max())
+    assert longest < 25 and len(steps) < longest + sampling.CHECK_EVERY
+
+
+def test_a_temperature_divides_logits_in_fp32_and_greedy_looks_at_the_logits(model, monkeypatch):
+    """In half precision a quotient would be rounded once more; probabilities that are equal in fp32 hide which logit is
+    the largest."""
+    logits = torch.full((1, V), -1e9)
+    logits[0, 3], logits[0, 7] = 1e-8, 2e-8
+    monkeypatch.setattr(model, "logits", lambda hidden: logits)
+    assert generate(model, [[1]], 1, END, temperature=0).responses() == [[7]]
+    halves = torch.linspace(-3, 3, V).bfloat16()[None]
+    monkeypatch.setattr(model, "logits", lambda hidden: halves)
+    s = generate(model, [[1]], 1, END, temperature=0.7, noise=torch.tensor([[0.5]]))
+    expected = (halves.float() / 0.7).log_softmax(-1)[0, s.ids[0, 1]]
+    torch.testing.assert_close(s.logprobs[0, 0], expected, rtol=0, atol=1e-6)
+
+
 def test_on_token_sees_every_token_of_a_single_answer(model):
     seen = []
     s = generate(model, [[1, 2]], 12, END, on_token=lambda ids: seen.extend(ids))
