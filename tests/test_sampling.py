@@ -251,6 +251,17 @@ def test_a_temperature_divides_logits_in_fp32_and_greedy_looks_at_the_logits(mod
     torch.testing.assert_close(s.logprobs[0, 0], expected, rtol=0, atol=1e-6)
 
 
+def test_a_model_whose_weights_are_nan_samples_tokens_that_exist_and_shows_it(model):
+    model.ln_f.weight.data.fill_(float("nan"))
+    s = generate(model, [[1, 2]], 4, END)
+    assert s.ids.max() < V and s.logprobs[s.mask].isnan().all()
+
+
+def test_a_model_in_bf16_has_fp32_log_probabilities(model):
+    s = generate(model.bfloat16(), make_prompts(), 8, END)
+    assert s.logprobs.dtype == torch.float32 and 0 < s.logprobs[s.mask].exp().mean() < 1
+
+
 def test_on_token_sees_every_token_of_a_single_answer(model):
     seen = []
     s = generate(model, [[1, 2]], 12, END, on_token=lambda ids: seen.extend(ids))
