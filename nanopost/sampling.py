@@ -122,7 +122,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, end: int
     rows = torch.arange(R, device=device)  # (n,) the samples that the n rows of the cache belong to
 
     def choose(hidden):
-        """The next token of every row (n,), from the hidden state of its last (n, C); writes down what is known of it."""
+        """The next token of every row (n,), from the hidden state of its last (n, C); writes down all about it."""
         column, logits = cache.pos, model.logits(hidden)  # (n,), (n, V)
         if temperature not in (0, 1):
             logits = upcast(logits) / temperature

@@ -38,7 +38,8 @@ def rollout_on_the_host(config):
     policy = tiny_gpt(1).add_head(0.1)
     score = lambda prompts, samples: samples.lengths.double()  # noqa: E731
     no_end = type("Tokenizer", (), {"end": -1, "pad": 0})
-    return train_ppo.rollout(policy, None, tiny_gpt(2), score, [""] * 4, [[1, 2], [3], [1], [2, 2]], no_end, config, 0.1)
+    prompts = [[1, 2], [3], [1], [2, 2]]
+    return train_ppo.rollout(policy, None, tiny_gpt(2), score, [""] * 4, prompts, no_end, config, 0.1)
 
 
 def steps(module, **options):
@@ -198,7 +199,8 @@ def test_a_graph_serves_all_steps_of_a_shape(traces, tiny):
     sampling.generate(tiny(60, block_size=160).double(), PROMPTS, 120, end=-1)  # no row ends: 30 + 120 columns
     assert len(traces) == 3  # of 64, 128 and 150 columns
     traces.clear()
-    sampling.generate(tiny(60, block_size=160).double(), [[1]] * 64, 30, end=5, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    sampling.generate(tiny(60, block_size=160).double(), [[1]] * 64, 30, end=5, generator=generator)
     assert 1 <= len(traces) <= 6  # 64 rows can be halved six times
 
 
@@ -222,7 +224,8 @@ def test_a_step_is_captured_and_not_run(monkeypatch):
 
 def test_the_first_step_is_a_warm_up_the_second_is_captured(monkeypatch):
     log = []
-    monkeypatch.setattr(sampling, "capture", lambda step: log.append("capture") or functools.partial(log.append, "replay"))
+    replay = functools.partial(log.append, "replay")
+    monkeypatch.setattr(sampling, "capture", lambda step: log.append("capture") or replay)
     call = sampling.replayed(lambda: log.append("step"))
     for _ in range(4):
         call()
@@ -289,7 +292,7 @@ def test_the_rows_of_ppo_have_few_lengths_too(tiny, monkeypatch):
     mask = torch.arange(1, 22) < lengths[:, None]  # (4, 21)
     zeros = dict.fromkeys(("old_logprobs", "old_values", "returns", "advantages"), torch.zeros(4, 21))
     batch = {"ids": torch.ones(4, 22, dtype=torch.long), "lengths": lengths, "mask": mask, **zeros}
-    monkeypatch.setattr(model_file.GPT, "forward", lambda model, ids: widths.append(ids.shape[1]) or forward(model, ids))
+    monkeypatch.setattr(model_file.GPT, "forward", lambda self, ids: widths.append(ids.shape[1]) or forward(self, ids))
     policy = tiny(60).add_head(0.1)
     train_ppo.update(Run("test", config), policy, None, torch.optim.SGD(policy.parameters(), 0.0), batch, config)
     assert widths == [8, 8, 16, 22]
@@ -347,8 +350,9 @@ def test_a_cpu_with_avx_has_onednn_multiply():
     assert model_file.ONEDNN or not x86
 
 
-@pytest.mark.parametrize("x", [torch.ones(300, 128).double(), torch.ones(200, 128), torch.ones(127, 512), torch.ones(300, 128).bfloat16(),
-                               torch.ones(300, 128, device="meta")], ids=["double", "few numbers", "few rows", "bf16", "another device"])
+@pytest.mark.parametrize("x", [torch.ones(300, 128).double(), torch.ones(200, 128), torch.ones(127, 512),
+                               torch.ones(300, 128).bfloat16(), torch.ones(300, 128, device="meta")],
+                         ids=["double", "few numbers", "few rows", "bf16", "another device"])
 def test_everything_else_is_multiplied_as_ever(x, convolutions):
     assert linear(x, x.new_ones(5, x.shape[-1])).shape == (*x.shape[:-1], 5) and not convolutions
 

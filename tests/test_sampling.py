@@ -224,7 +224,8 @@ def test_a_prompt_that_leaves_no_room_or_is_empty_raises_valueerror(model):
 def test_on_token_sees_the_tokens_of_the_rows_still_going(model):
     steps, prompts = [], make_prompts()
     s = generate(model, prompts, 20, END, on_token=steps.append, generator=torch.Generator().manual_seed(0))
-    answers = [ids[start:stop] for ids, start, stop in zip(s.ids.tolist(), s.prompt_lengths.tolist(), s.lengths.tolist())]
+    parts = zip(s.ids.tolist(), s.prompt_lengths.tolist(), s.lengths.tolist())
+    answers = [ids[start:stop] for ids, start, stop in parts]
     assert steps == [[answer[n] for answer in answers if len(answer) > n] for n in range(max(map(len, answers)))]
     assert len(steps[0]) == len(prompts) > len(steps[-1])
 
