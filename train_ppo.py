@@ -2,7 +2,7 @@
 
     max over pi:  E[ r(x, y) - beta log( pi(y|x) / pi_ref(y|x) ) ]          optimum  pi* = pi_ref exp(r / beta) / Z
 
-(InstructGPT, arXiv 2203.02155, equation 2.) An answer is an episode, a token an action. Each iteration samples answers
+(InstructGPT, arXiv 2203.02155, equation 2.) An answer is an episode, each token an action. An iteration samples answers
 and computes, with k_t = log pi_old(y_t|s_t) - log pi_ref(y_t|s_t),
 
     R_t = -beta k_t, plus the score r(x, y) on the last token                              rewards
@@ -19,14 +19,16 @@ then, for a few epochs over them, with rho_t = pi_theta(y_t|s_t) / pi_old(y_t|s_
 """
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 import torch
 
 from nanopost.checkpoint import freeze, load_model
-from nanopost.config import UserError, cli
-from nanopost.data import PAD_TO, batches, load_prompts, split, to_device
+from nanopost.config import UserError, at_least, between, cli
+from nanopost.data import Batch, batches, load_prompts, micro_batches
+from nanopost.model import GPT
 from nanopost.reward import load_reward, load_reward_model
 from nanopost.run import Options, Run, adamw, schedule
 from nanopost.sampling import generate, show_answers
@@ -34,42 +36,51 @@ from nanopost.sampling import generate, show_answers
 
 @dataclass
 class Config(Options):
-    init: str = "out/sft"  # the folder of the SFT model: where the policy starts, and the reference
-    reward: str = "out/rm"  # the folder of a reward model, or a Python function: file.py:function
-    critic: str = ""  # the folder of a reward model to start a separate value network from; empty: a shared trunk
+    init: str = "out/sft"  # folder of the SFT model: the policy's start, and the reference
+    reward: str = "out/rm"  # folder of a reward model, or a Python function: file.py:function
+    critic: str = ""  # folder of a reward model to start a separate critic from; empty: a shared trunk
     prompts: str = "data/notes/prompts_train.jsonl"  # prompts to train on
     valid: str = "data/notes/prompts_eval.jsonl"  # held-out prompts; empty: none
-    out: str = "out/ppo"  # folder to write; an earlier run there is replaced
+    out: str = "out/ppo"  # folder to write
     save_every: int = 10  # iterations between two checkpoints
     log_every: int = 1  # iterations between two lines of metrics.jsonl
     steps: int = 50  # iterations: a batch of answers and the updates on it
-    batch_size: int = 128  # answers an iteration
+    batch_size: int = 128  # answers per iteration
     epochs: int = 2  # passes over the answers of an iteration
-    minibatches: int = 2  # optimizer steps a pass
-    micro_batch: int = 32  # answers a forward pass; 0: the whole minibatch at once
+    minibatches: int = 2  # optimizer steps per pass
+    micro_batch: int = 32  # answers per forward pass; 0: the whole minibatch at once
     max_new_tokens: int = 80  # longest answer
-    temperature: float = 1.0  # of sampling, and so of every log-probability
-    beta: float = 0.1  # weight of the KL penalty; 0: none, watch the reward being hacked
-    kl_target: float = 0.0  # adapt beta to hold this KL, in nats per answer; 0: beta stays
+    temperature: float = 1.0  # sampling temperature, applied to every log-probability too
+    beta: float = 0.1  # weight of the KL penalty; with 0 the policy learns to hack the reward model
+    kl_target: float = 0.0  # adapt beta to hold this KL, in nats per answer; 0: beta stays as it is
     kl_horizon: int = 10000  # answers in which beta changes by at most a fifth
-    gamma: float = 1.0  # discount
+    gamma: float = 1.0  # discount factor
     lam: float = 0.95  # GAE's lambda
-    clip: float = 0.2  # of the probability ratio
-    value_clip: float = 0.2  # of the change of a value
+    clip: float = 0.2  # range of the probability ratio: 1 - clip to 1 + clip
+    value_clip: float = 0.2  # largest change of a value that the value loss rewards
     value_coef: float = 0.5  # weight of the value loss
-    missing_end_score: float = -1.0  # the score of an answer that does not end
-    lr: float = 5e-4  # learning rate at the start, falling linearly to 0; 1e-5 suits GPT-2 124M
-    warmup: int = 5  # iterations with rising learning rate
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: none
-    eval_every: int = 20  # iterations between two held-out evaluations
-    eval_prompts: int = 128  # held-out prompts to answer then
+    missing_end_score: float = -1.0  # score of an answer that does not end
+    lr: float = 5e-4  # peak learning rate, falling linearly to 0; 1e-5 suits GPT-2 124M
+    warmup: int = 5  # iterations in which the learning rate rises
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    eval_every: int = 20  # iterations between two evaluations on held-out prompts
+    eval_prompts: int = 128  # held-out prompts to evaluate on
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.keep_apart("init", "reward", "critic")
+        at_least(self, 1, "batch_size", "epochs", "minibatches", "max_new_tokens", "kl_horizon", "eval_every")
+        at_least(self, 0, "micro_batch", "lr", "beta", "clip", "value_clip")
+        between(self, 0, 1, "gamma", "lam")
+        if self.temperature <= 0:
+            raise UserError("--temperature must be above 0: greedy answers have no ratio")
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """scores (B,), the rest (B, T) -> rewards (B, T): -beta k1 at every response token, the score on the last.
 
     (B, T) is target-aligned here and below, with response tokens where the mask is True. k1 = log pi - log pi_ref of
-    the sampled token has mean KL(pi || pi_ref), and as a reward the right gradient too.
+    the sampled token has mean KL(pi || pi_ref), and as a reward it gives the right gradient too.
     """
     rewards = (-beta * (logprobs - ref_logprobs)).masked_fill(~mask, 0.0)
     last = mask.long().cumsum(1).argmax(1, keepdim=True)  # (B, 1): where the count of response tokens is complete
@@ -81,13 +92,15 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
     The value after the last token is 0: the episode is over. returns = advantages + values, the value's target.
     """
-    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    rewards = rewards.masked_fill(~mask, 0.0)
+    values = values.masked_fill(~mask, 0.0)
     advantages = torch.zeros_like(rewards)
     advantage = next_value = torch.zeros_like(rewards[:, 0])  # (B,)
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = (delta + gamma * lam * advantage) * mask[:, t]
-        advantages[:, t], next_value = advantage, values[:, t]
+        advantages[:, t] = advantage
+        next_value = values[:, t]
     return advantages, advantages + values
 
 
@@ -102,147 +115,204 @@ def whiten(x, mask, shift_mean=True):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, count=None):
     """PPO's clipped surrogate, negated: (B, T) each -> scalar, the sum over the mask / count (default: mask.sum())."""
     ratio = (logprobs - old_logprobs).masked_fill(~mask, 0.0).exp()
-    losses = torch.max(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
-    return losses.masked_fill(~mask, 0.0).sum() / (mask.sum() if count is None else count)
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    losses = torch.max(unclipped, clipped).masked_fill(~mask, 0.0)
+    return losses.sum() / (mask.sum() if count is None else count)
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2, count=None):
-    """Half the squared error, clipped so that a value moves no further than `clip` for free: (B, T) each -> scalar."""
+    """Half the squared error; moving a value by more than `clip` gains nothing: (B, T) each -> scalar."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
-    losses = 0.5 * torch.max((values - returns) ** 2, (clipped - returns) ** 2)
-    return losses.masked_fill(~mask, 0.0).sum() / (mask.sum() if count is None else count)
-
-
-@torch.no_grad()
-def rollout(policy, critic, reference, score, prompts, prompt_ids, tokenizer, config, beta, noise=None):
-    """Samples an answer to each prompt and computes all that the updates need; score(prompts, samples) -> (B,).
-
-    Returns a dict, on the CPU: ids (B, T); lengths, scores, kl, entropy, ended (B,); the rest (B, T-1). Log-probs and
-    values (of a shared trunk) are the sampling pass's; the first minibatch finds them again. noise: see generate.
-    """
-    samples = generate(policy, prompt_ids, config.max_new_tokens, tokenizer.end, temperature=config.temperature,
-                       noise=noise, pad=tokenizer.pad)
-    ids, mask, old = samples.ids, samples.mask, samples.logprobs
-    index = mask.flatten().nonzero()[:, 0]
-    ref = reference.logprobs(reference(ids), ids, index, config.temperature)
-    values = samples.values if critic is None else critic.scalar(critic(ids))[:, :-1].masked_fill(~mask, 0.0)
-    scores = torch.where(samples.ended, score(prompts, samples).to(old), config.missing_end_score)  # (B,)
-    rewards = token_rewards(scores, old, ref, mask, beta)
-    advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-    batch = dict(ids=ids, mask=mask, lengths=samples.lengths, old_logprobs=old, old_values=values, returns=returns,
-                 advantages=advantages, scores=scores, kl=(old - ref).sum(1), entropy=-old.sum(1), ended=samples.ended)
-    return {name: x.cpu() for name, x in batch.items()}
-
-
-def minibatch_loss(policy, critic, batch, rows, count, config):
-    """The loss of some rows of a rollout, and its statistics as sums over tokens / count, so that parts add up."""
-    T = -(-int(batch["lengths"][rows].max()) // PAD_TO) * PAD_TO  # padding beyond the longest of these rows is cut off
-    index = batch["mask"][rows, : T - 1].flatten().nonzero()[:, 0]  # (N,) of the response tokens
-    names = "mask", "old_logprobs", "old_values", "returns", "advantages"
-    tensors = [batch["ids"][rows, :T], index, *(batch[name][rows, : T - 1] for name in names)]
-    ids, index, mask, old_logprobs, old_values, returns, advantages = (to_device(x, policy.device) for x in tensors)
-    hidden = policy(ids)  # (B, T, C)
-    logprobs = policy.logprobs(hidden, ids, index, config.temperature)  # (B, T-1)
-    values = (policy.scalar(hidden) if critic is None else critic.scalar(critic(ids)))[:, :-1]  # (B, T-1)
-    pg = policy_loss(logprobs, old_logprobs, advantages, mask, config.clip, count)
-    vf = value_loss(values, old_values, returns, mask, config.value_clip, count)
-    with torch.no_grad():  # health: up to rounding all 0, and the ratio 1, on the first minibatch
-        log_ratio = (logprobs - old_logprobs).flatten()[index]  # (N,)
-        ratio, adv = log_ratio.exp(), advantages.flatten()[index]
-        binds = -adv * ratio < -adv * ratio.clamp(1 - config.clip, 1 + config.clip)
-        clipped = old_values + (values - old_values).clamp(-config.value_clip, config.value_clip)
-        value_binds = ((values - returns) ** 2 < (clipped - returns) ** 2).flatten()[index]
-        sums = {"policy/approxkl": 0.5 * log_ratio**2, "policy/approxkl_k3": ratio - 1 - log_ratio, "val/ratio": ratio,
-                "policy/clipfrac": binds, "val/clipfrac": value_binds, "val/ratio_var": (ratio - 1) ** 2}
-        stats = {name: x.sum() / count for name, x in sums.items()}
-    return pg + config.value_coef * vf, {"loss/policy": pg.detach(), "loss/value": vf.detach(), **stats}
-
-
-def update(run, policy, critic, optimizer, batch, config):
-    """Exactly epochs x minibatches optimizer steps on one rollout; returns the statistics of every step."""
-    batch, history = {**batch, "advantages": whiten(batch["advantages"], batch["mask"])}, []
-    for _ in range(config.epochs):
-        for rows in torch.randperm(len(batch["ids"])).tensor_split(config.minibatches):
-            rows = rows[batch["lengths"][rows].argsort()]  # like lengths together: less padding
-            count, total = batch["mask"][rows].sum(), {}  # one denominator: the whole minibatch's response tokens
-            for part in split(run.shard(rows), config.micro_batch):
-                with run.autocast():
-                    loss, stats = minibatch_loss(policy, critic, batch, part, count, config)
-                run.backward(loss)
-                total = {name: value + total.get(name, 0.0) for name, value in stats.items()}
-            total = run.sum(total)
-            total["val/ratio_var"] -= (total["val/ratio"] - 1) ** 2  # so far it was the mean of (ratio - 1)^2
-            history.append(total | {"grad_norm": run.update(optimizer, config.grad_clip)})
-    return history
-
-
-def statistics(batch, history, beta):
-    """What to watch: per-token means are over response tokens only, KL and entropy are in nats per answer."""
-    mask, kl, scores = batch["mask"], batch["kl"].mean(), batch["scores"].mean()
-    returns, errors = batch["returns"][mask], (batch["returns"] - batch["old_values"])[mask]
-    means = {name: sum(h[name] for h in history) / len(history) for name in history[0]}  # over the updates
-    distinct = len({tuple(ids[m].tolist()) for ids, m in zip(batch["ids"][:, 1:], mask)})
-    return {**means, "val/first_approxkl": history[0]["policy/approxkl"], "val/first_ratio": history[0]["val/ratio"],
-            "objective/scores": scores, "objective/kl": kl, "objective/entropy": batch["entropy"].mean(),
-            "objective/non_score_reward": -beta * kl, "objective/rlhf_reward": scores - beta * kl, "beta": beta,
-            "val/explained_variance": 1 - errors.var(correction=0) / returns.var(correction=0),
-            "returns/mean": returns.mean(), "returns/var": returns.var(correction=0),
-            "advantages/mean": batch["advantages"][mask].mean(), "response/length": mask.sum(1).float().mean(),
-            "response/ended": batch["ended"].float().mean(), "response/distinct": distinct / len(mask)}
+    losses = torch.max((values - returns) ** 2, (clipped - returns) ** 2).masked_fill(~mask, 0.0)
+    return 0.5 * losses.sum() / (mask.sum() if count is None else count)
 
 
 def adapt(beta, kl, target, answers, horizon):
-    """Ziegler et al.'s controller (arXiv 1909.08593): at most 20% up or down per `horizon` answers."""
-    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * answers / horizon) if target else beta
+    """Ziegler et al.'s controller (arXiv 1909.08593): beta moves by at most 20% per `horizon` answers."""
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * answers / horizon)
+
+
+@dataclass
+class Models:
+    policy: GPT  # what is trained
+    critic: GPT  # what predicts values: the policy, by a head on its trunk, or a network of its own
+    reference: GPT  # the frozen SFT model
+    score: Callable  # what judges: score(prompts, batch) -> (B,)
+
+
+@torch.no_grad()
+def rollout(models, tokenizer, prompts, prompt_ids, config, beta, noise) -> Batch:
+    """Samples an answer to each prompt and computes what the updates need: a Batch, on the CPU. noise: see generate."""
+    # Sample the answers. The first minibatch must reproduce these log-probabilities, and the values of a shared trunk.
+    options = {"temperature": config.temperature, "noise": noise, "pad": tokenizer.pad}
+    batch = generate(models.policy, prompt_ids, config.max_new_tokens, tokenizer.end, **options)
+    if models.critic is not models.policy:
+        values = models.critic.scalar(models.critic(batch.ids))[:, :-1]  # (B, T) -> (B, T-1)
+        batch.values = values.masked_fill(~batch.mask, 0.0)
+    # Log-probabilities under the reference
+    hidden = models.reference(batch.ids)  # (B, T, C)
+    batch.ref_logprobs = models.reference.logprobs(hidden, batch.ids, batch.index, config.temperature)  # (B, T-1)
+    # Scores: the reward model has never seen an answer that does not end
+    scores = models.score(prompts, batch).to(batch.logprobs)  # (B,)
+    batch.scores = torch.where(batch.ended, scores, config.missing_end_score)
+    # Rewards and advantages
+    rewards = token_rewards(batch.scores, batch.logprobs, batch.ref_logprobs, batch.mask, beta)
+    batch.advantages, batch.returns = gae(rewards, batch.values, batch.mask, config.gamma, config.lam)
+    return batch.to("cpu")
+
+
+def minibatch_loss(models, batch, count, config):
+    """The loss of some rows of a rollout, and its statistics as sums over tokens / count, so that parts add up."""
+    # Policy loss
+    hidden = models.policy(batch.ids)  # (B, T, C)
+    logprobs = models.policy.logprobs(hidden, batch.ids, batch.index, config.temperature)  # (B, T-1)
+    pg_loss = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip, count)
+    # Value loss
+    hidden = hidden if models.critic is models.policy else models.critic(batch.ids)  # (B, T, C)
+    values = models.critic.scalar(hidden)[:, :-1]  # (B, T) -> (B, T-1)
+    vf_loss = value_loss(values, batch.values, batch.returns, batch.mask, config.value_clip, count)
+    # Health: on the first minibatch the ratio is 1 and all else 0, up to rounding
+    with torch.no_grad():
+        log_ratio = (logprobs - batch.logprobs).flatten()[batch.index]  # (N,)
+        ratio = log_ratio.exp()
+        advantages = batch.advantages.flatten()[batch.index]
+        clipped_values = batch.values + (values - batch.values).clamp(-config.value_clip, config.value_clip)
+        value_clips = (values - batch.returns) ** 2 < (clipped_values - batch.returns) ** 2  # (B, T-1)
+        sums = {
+            "policy/approxkl": 0.5 * log_ratio**2,
+            "policy/approxkl_k3": ratio - 1 - log_ratio,
+            "val/ratio": ratio,
+            "policy/clipfrac": -advantages * ratio < -advantages * ratio.clamp(1 - config.clip, 1 + config.clip),
+            "val/clipfrac": value_clips.flatten()[batch.index],
+            "val/ratio_squares": (ratio - 1) ** 2,
+        }
+        stats = {name: x.sum() / count for name, x in sums.items()}
+    stats |= {"loss/policy": pg_loss.detach(), "loss/value": vf_loss.detach()}
+    return pg_loss + config.value_coef * vf_loss, stats
+
+
+def update(run, models, optimizer, batch, config):
+    """Exactly epochs x minibatches optimizer steps on one rollout. Returns the statistics of every step."""
+    batch = replace(batch, advantages=whiten(batch.advantages, batch.mask))
+    history = []
+    for _ in range(config.epochs):
+        for rows in torch.randperm(len(batch)).tensor_split(config.minibatches):
+            rows = rows[batch.lengths[rows].argsort()]  # similar lengths together: less padding
+            count = batch.mask[rows].sum()  # one denominator: the response tokens of the whole minibatch
+            stats = {}
+            for part in micro_batches(run.shard(rows), config.micro_batch):
+                with run.autocast():
+                    loss, sums = minibatch_loss(models, batch.rows(part).to(run.device), count, config)
+                run.backward(loss)
+                stats = {name: value + stats.get(name, 0.0) for name, value in sums.items()}
+            stats = run.all_reduce(stats)
+            stats["val/ratio_var"] = stats.pop("val/ratio_squares") - (stats["val/ratio"] - 1) ** 2
+            stats["grad_norm"] = run.optimizer_step(optimizer, config.grad_clip)
+            history.append(stats)
+    return history
+
+
+def answer_means(batch):
+    """Means over the answers of a rollout; KL and entropy are in nats per answer."""
+    return {
+        "scores": batch.scores.mean(),
+        "kl": (batch.logprobs - batch.ref_logprobs).sum(1).mean(),
+        "entropy": -batch.logprobs.sum(1).mean(),
+        "ended": batch.ended.float().mean(),
+    }
+
+
+def statistics(batch, history, beta):
+    """What to watch. Per-token means are over response tokens only."""
+    answers = answer_means(batch)
+    mask = batch.mask
+    returns = batch.returns[mask]
+    errors = (batch.returns - batch.values)[mask]
+    distinct = {tuple(ids[m].tolist()) for ids, m in zip(batch.ids[:, 1:], mask, strict=True)}
+    means = {name: sum(stats[name] for stats in history) / len(history) for name in history[0]}
+    means |= {f"objective/{name}": answers[name] for name in ("scores", "kl", "entropy")}
+    return means | {
+        "val/first_approxkl": history[0]["policy/approxkl"],
+        "val/first_ratio": history[0]["val/ratio"],
+        "objective/non_score_reward": -beta * answers["kl"],
+        "objective/rlhf_reward": answers["scores"] - beta * answers["kl"],
+        "beta": beta,
+        "val/explained_variance": 1 - errors.var(correction=0) / returns.var(correction=0),
+        "returns/mean": returns.mean(),
+        "returns/var": returns.var(correction=0),
+        "advantages/mean": batch.advantages[mask].mean(),
+        "response/length": mask.sum(1).float().mean(),
+        "response/ended": answers["ended"],
+        "response/distinct": len(distinct) / len(batch),
+    }
 
 
 def main(config: Config):
     run = Run("ppo", config)
-    # the policy, its values, the reference it must stay near, and what judges the answers
+    if config.minibatches * run.world > config.batch_size:
+        raise UserError(f"--batch-size must be at least --minibatches x {run.world} processes")
+
+    # models: the policy with its values, the reference it must stay near, and what judges the answers
     policy, tokenizer = load_model(config.init, run.device)
-    reference, block_size = freeze(copy.deepcopy(policy)), policy.config.block_size
-    critic = (load_reward_model(config.critic, tokenizer, config.init, block_size, run.device).requires_grad_(True)
-              if config.critic else None)
-    if critic is None:
-        policy.add_head(std=0.0)  # values begin at 0 and do not disturb the trunk
+    block_size = policy.config.block_size
+    reference = freeze(copy.deepcopy(policy))
+    trained = {"model": policy}
+    if config.critic:
+        critic = load_reward_model(config.critic, tokenizer, config.init, block_size, run.device)
+        trained["critic"] = critic.requires_grad_(True)
+    else:
+        critic = policy.add_head(std=0.0)  # values begin at 0 and do not disturb the trunk
     score = load_reward(config.reward, tokenizer, config.init, block_size, run.device)
-    room = block_size - config.max_new_tokens
-    prompts, prompt_ids = load_prompts(config.prompts, tokenizer, room)
-    valid, valid_ids = load_prompts(config.valid, tokenizer, room, config.eval_prompts) if config.valid else ([], [])
-    if config.minibatches * run.world > config.batch_size or config.epochs < 1 or config.temperature <= 0:
-        raise UserError("needed: --epochs >= 1, --temperature > 0 and --minibatches <= --batch-size (a process)")
-    trained = {"model": policy} if critic is None else {"model": policy, "critic": critic}
-    optimizer = adamw([p for model in trained.values() for p in model.parameters()], config.lr, eps=1e-5)
+    models = Models(policy, critic, reference, score)
+
+    # data
+    longest = block_size - config.max_new_tokens
+    prompts, prompt_ids = load_prompts(config.prompts, tokenizer, longest)
+    valid, valid_ids = load_prompts(config.valid, tokenizer, longest, config.eval_prompts)
+
+    parameters = [p for model in trained.values() for p in model.parameters()]
+    optimizer = adamw(parameters, config.lr, eps=1e-5)
+    state = {"beta": config.beta}
 
     def report(step):
-        generator = torch.Generator().manual_seed(config.seed)  # looking must not change what comes next
-        noise, beta = torch.rand(len(valid), config.max_new_tokens, generator=generator), run.extra["beta"]
+        generator = torch.Generator().manual_seed(config.seed)  # evaluation must not advance the training RNG
+        noise = torch.rand(len(valid), config.max_new_tokens, generator=generator)
         with run.autocast():
-            batch = rollout(policy, critic, reference, score, valid, valid_ids, tokenizer, config, beta, noise)
-        means = {f"eval/{name}": batch[name].float().mean() for name in ("scores", "kl", "entropy", "ended")}
-        run.log(step, means)
-        run.print(f"step {step}, held-out: " + ", ".join(f"{name[5:]} {value:.2f}" for name, value in means.items()))
+            batch = rollout(models, tokenizer, valid, valid_ids, config, state["beta"], noise)
+        means = answer_means(batch)
+        run.log(step, {f"eval/{name}": value for name, value in means.items()})
+        run.print(f"step {step}, held-out: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
         run.print(show_answers(policy, tokenizer, valid_ids[:3], config.max_new_tokens))
 
-    if not run.begin(trained, optimizer, tokenizer, config.steps, beta=config.beta):
+    # loop
+    run.compile(*trained.values())
+    first = run.start(trained, optimizer, tokenizer, state, save_head=False)  # a language model has no head
+    if first is None:
         return
-    order = chain.from_iterable(batches([len(ids) for ids in prompt_ids], config.batch_size, config.seed, window=1))
-    order = islice(order, run.start * config.batch_size, None)  # prompt after prompt, so that every batch is full
-    if run.start == 0 and valid:
+    order = chain.from_iterable(batches(prompt_ids, config.batch_size, config.seed, window=1))
+    order = islice(order, first * config.batch_size, None)  # one endless stream: every batch is full
+    if valid and first == 0:
         report(0)
-    for step in run.steps():
-        beta, rows = run.extra["beta"], list(islice(order, config.batch_size))
+    for step in run.steps(first, config.steps):
         lr = run.set_lr(optimizer, config.lr * schedule(step, config.steps, config.warmup))
-        mine, noise = run.shard(rows), run.shard(torch.rand(len(rows), config.max_new_tokens))
+        noise = torch.rand(config.batch_size, config.max_new_tokens)
+        rows = run.shard(list(islice(order, config.batch_size)))
+        asked, asked_ids = [prompts[i] for i in rows], [prompt_ids[i] for i in rows]
         with run.autocast():
-            batch = run.gather(rollout(policy, critic, reference, score, [prompts[i] for i in mine],
-                                       [prompt_ids[i] for i in mine], tokenizer, config, beta, noise))
-        history = update(run, policy, critic, optimizer, batch, config)
-        run.extra["beta"] = adapt(beta, batch["kl"].mean().item(), config.kl_target, len(rows), config.kl_horizon)
+            batch = rollout(models, tokenizer, asked, asked_ids, config, state["beta"], run.shard(noise))
+        batch = run.all_gather(batch)
+        history = update(run, models, optimizer, batch, config)
+        stats = statistics(batch, history, state["beta"])
+        if config.kl_target:
+            kl = stats["objective/kl"].item()
+            state["beta"] = adapt(state["beta"], kl, config.kl_target, config.batch_size, config.kl_horizon)
         if run.due(step, config.log_every):
-            run.log(step + 1, {**statistics(batch, history, beta), "lr": lr})
-        if run.due(step, config.eval_every) and valid:
-            report(step + 1)
+            run.log(step, stats | {"lr": lr})
+        if valid and run.due(step, config.eval_every):
+            report(step)
+        run.save(step)
     run.finish()
 
 

@@ -20,32 +20,38 @@ import torch
 import torch.nn.functional as F
 
 from nanopost.checkpoint import load_model
-from nanopost.config import UserError, cli
-from nanopost.data import batches, collate, load_pairs, split
+from nanopost.config import UserError, at_least, cli
+from nanopost.data import batches, collate, load_pairs, map_batches, micro_batches
 from nanopost.model import upcast
-from nanopost.reward import score_samples
+from nanopost.reward import score_examples
 from nanopost.run import Options, Run, adamw, schedule
 from nanopost.sampling import sample_text
 
 
 @dataclass
 class Config(Options):
-    init: str = "out/sft"  # the folder of the SFT model to start from
+    init: str = "out/sft"  # folder of the SFT model to start from
     data: str = "out/prefs/train.jsonl"  # pairs to learn from
     valid: str = "out/prefs/valid.jsonl"  # held-out pairs; empty: none
-    out: str = "out/rm"  # folder to write; an earlier run there is replaced
+    out: str = "out/rm"  # folder to write
     epochs: float = 1.0  # passes over the pairs; more than one over-fits
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
-    batch_size: int = 16  # pairs a step
-    micro_batch: int = 16  # pairs a forward pass: more than a CPU's cache holds are slower; 0: the whole batch at once
+    batch_size: int = 16  # pairs per step
+    micro_batch: int = 16  # pairs per forward pass (beyond the CPU cache it gets slower); 0: the whole batch at once
     lr: float = 1e-3  # peak learning rate; 2e-5 suits GPT-2 124M
-    warmup: float = 0.05  # share of the steps with rising learning rate; then linear decay to 0
-    weight_decay: float = 0.0  # of the matrices
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: none
-    normalise: int = 512  # answers of the initial model that get mean 0 and standard deviation 1; 0: off
-    max_new_tokens: int = 80  # longest of those answers
-    eval_every: int = 200  # steps between two held-out evaluations
-    eval_pairs: int = 500  # held-out pairs to use then
+    warmup: float = 0.05  # share of the steps in which the learning rate rises; then it falls linearly to 0
+    weight_decay: float = 0.0  # weight decay, on matrices only
+    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    normalise: int = 512  # sampled answers of the initial model whose scores get mean 0, standard deviation 1; 0: off
+    max_new_tokens: int = 80  # longest of these answers
+    eval_every: int = 200  # steps between two evaluations on held-out pairs
+    eval_pairs: int = 500  # held-out pairs to evaluate on
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.keep_apart("init")
+        at_least(self, 1, "batch_size", "max_new_tokens", "eval_every")
+        at_least(self, 0, "micro_batch", "lr", "weight_decay")
 
 
 def pairwise_loss(chosen, rejected):
@@ -53,48 +59,52 @@ def pairwise_loss(chosen, rejected):
     return -F.logsigmoid(upcast(chosen) - upcast(rejected)).mean()
 
 
-def score_pairs(model, pairs, device):
-    """Rewards of both sides in one forward pass: B pairs -> (B,), (B,)."""
-    batch = collate([chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs], device)
+def score_pairs(model, batch):
+    """The rewards of both sides in one forward pass: a Batch of B pairs -> chosen (B,), rejected (B,)."""
     return model.score(batch.ids, batch.lengths).chunk(2)  # (2B,) -> (B,), (B,)
 
 
 def update(run, model, optimizer, pairs, config):
-    """One optimizer step on a batch of pairs; returns its loss, accuracy and margin and the gradient's norm."""
+    """One optimizer step on a batch of pairs. Returns its loss, accuracy and margin, and the norm of the gradient."""
     stats = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0}
-    for part in split(run.shard(pairs), config.micro_batch):
+    for part in micro_batches(run.shard(pairs), config.micro_batch):
         share = len(part) / len(pairs)  # the mean is over the pairs of the whole step
         with run.autocast():
-            chosen, rejected = score_pairs(model, part, run.device)
+            chosen, rejected = score_pairs(model, collate(part, run.device))
             loss = pairwise_loss(chosen, rejected) * share
         run.backward(loss)
         stats["loss"] += loss.detach()
         stats["accuracy"] += (chosen > rejected).float().mean() * share
         stats["margin"] += (chosen - rejected).detach().mean() * share
-    return {**run.sum(stats), "grad_norm": run.update(optimizer, config.grad_clip)}
+    return run.all_reduce(stats) | {"grad_norm": run.optimizer_step(optimizer, config.grad_clip)}
 
 
 @torch.no_grad()
 def evaluate(model, pairs, device, batch_size=32):
     """Held-out loss, accuracy (chosen scores higher) and margin (mean difference) over all pairs."""
-    pairs = sorted(pairs, key=lambda pair: max(len(side.ids) for side in pair))
-    sides = [score_pairs(model, part, device) for part in split(pairs, batch_size)]
-    chosen, rejected = (torch.cat(side) for side in zip(*sides))  # (P,), (P,)
-    return {"loss": pairwise_loss(chosen, rejected), "accuracy": (chosen > rejected).float().mean(),
-            "margin": (chosen - rejected).mean()}
+    scores = map_batches(lambda batch: torch.stack(score_pairs(model, batch), dim=1), pairs, batch_size, device)
+    chosen, rejected = scores.unbind(1)  # (P, 2) -> (P,), (P,)
+    return {
+        "loss": pairwise_loss(chosen, rejected),
+        "accuracy": (chosen > rejected).float().mean(),
+        "margin": (chosen - rejected).mean(),
+    }
 
 
 @torch.no_grad()
-def normalise(model, samples):
-    """Rescales the head so that the rewards of these samples (dicts of sample_text) have mean 0, standard deviation 1.
+def normalise(model, answers):
+    """Rescales the head so that the rewards of these Examples have mean 0 and standard deviation 1.
 
     r' = (r - mean) / std is again a linear head: weight / std, (bias - mean) / std. Returns the old mean and std.
     """
-    scores = score_samples(model, samples)  # (N,)
+    scores = score_examples(model, answers)  # (N,)
     if len(scores) < 2 or (scores == scores[0]).all():
-        raise UserError(f"--normalise needs answers with different rewards, it has {len(scores)}; lower "
-                        "--max-new-tokens so that prompts have room, or give --normalise 0")
-    mean, std = scores.mean().item(), scores.std(correction=0).item()
+        raise UserError(
+            f"--normalise needs answers with different rewards, it has {len(scores)}; lower --max-new-tokens so that "
+            "prompts have room, or give --normalise 0"
+        )
+    mean = scores.mean().item()
+    std = scores.std(correction=0).item()
     model.head.weight /= std
     model.head.bias.sub_(mean).div_(std)
     return mean, std
@@ -107,48 +117,54 @@ def main(config: Config):
     sft, tokenizer = load_model(config.init, run.device)
     model, _ = load_model(config.init, run.device)
     model.add_head(std=1 / math.sqrt(model.config.n_embd + 1))
+    block_size = model.config.block_size
 
     # data
-    pairs = load_pairs(config.data, tokenizer, model.config.block_size)
-    valid = load_pairs(config.valid, tokenizer, model.config.block_size, config.eval_pairs) if config.valid else []
-    lengths = [max(len(chosen.ids), len(rejected.ids)) for chosen, rejected in pairs]
-    total = config.steps or round(config.epochs * -(-len(pairs) // config.batch_size))
+    pairs = load_pairs(config.data, tokenizer, block_size)
+    valid = load_pairs(config.valid, tokenizer, block_size, config.eval_pairs)
+    valid.sort(key=len)
+    total = config.steps or round(config.epochs * math.ceil(len(pairs) / config.batch_size))
+    warmup = round(config.warmup * total)
 
-    # optimizer
     optimizer = adamw(model.parameters(), config.lr, eps=1e-5, weight_decay=config.weight_decay)
 
     def report(step):
-        if valid:
-            with run.autocast():
-                metrics = evaluate(model, valid, run.device)
-            run.log(step, {f"eval/{name}": value for name, value in metrics.items()})
-            run.print(f"step {step}: held-out loss {metrics['loss']:.3f}, accuracy {metrics['accuracy']:.1%}, "
-                      f"margin {metrics['margin']:.2f}")
+        with run.autocast():
+            stats = evaluate(model, valid, run.device)
+        run.log(step, {f"eval/{name}": value for name, value in stats.items()})
+        run.print(
+            f"step {step}: held-out loss {stats['loss']:.3f}, accuracy {stats['accuracy']:.1%}, "
+            f"margin {stats['margin']:.2f}"
+        )
 
     # loop
-    if not run.begin({"model": model}, optimizer, tokenizer, total):
+    run.compile(model)
+    first = run.start({"model": model}, optimizer, tokenizer)
+    if first is None:
         return
-    order = islice(batches(lengths, config.batch_size, config.seed), run.start, None)
-    if run.start == 0:
+    order = islice(batches(pairs, config.batch_size, config.seed), first, None)
+    if valid and first == 0:
         report(0)
-    for step in run.steps():
-        lr = run.set_lr(optimizer, config.lr * schedule(step, total, round(config.warmup * total)))
-        stats = update(run, model, optimizer, [pairs[i] for i in next(order)], config)
+    for step in run.steps(first, total):
+        lr = run.set_lr(optimizer, config.lr * schedule(step, total, warmup))
+        batch = [pairs[i] for i in next(order)]
+        stats = update(run, model, optimizer, batch, config)
         if run.due(step, config.log_every):
-            run.log(step + 1, {**stats, "lr": lr})
-        if run.due(step, config.eval_every):
-            report(step + 1)
+            run.log(step, stats | {"lr": lr})
+        if valid and run.due(step, config.eval_every):
+            report(step)
+        run.save(step)
 
     # one scale for every reward model
     if config.normalise:
-        room = model.config.block_size - config.max_new_tokens
-        prompts = [chosen.ids[: chosen.mask.index(True)] for chosen, _ in pairs]
-        prompts = [ids for ids in prompts if len(ids) <= room][: config.normalise]
-        samples = sample_text(sft, tokenizer, prompts, config.max_new_tokens, seed=config.seed)
-        mean, std = normalise(model, samples)
-        run.print(f"normalised on {len(samples)} answers of {config.init}: mean {mean:.2f} -> 0, std {std:.2f} -> 1")
-        for sample, score in list(zip(samples, score_samples(model, samples)))[:4]:
-            run.print(f"  {score:+.2f}  {tokenizer.decode(sample['prompt_ids'])}\n         -> {sample['text']}")
+        longest = block_size - config.max_new_tokens
+        prompts = [pair.chosen.prompt for pair in pairs]
+        prompts = [ids for ids in prompts if len(ids) <= longest][: config.normalise]
+        answers = sample_text(sft, tokenizer, prompts, config.max_new_tokens, seed=config.seed)
+        mean, std = normalise(model, answers)
+        run.print(f"normalised on {len(answers)} answers of {config.init}: mean {mean:.2f} -> 0, std {std:.2f} -> 1")
+        for answer, score in list(zip(answers, score_examples(model, answers), strict=True))[:4]:
+            run.print(f"  {score:+.2f}  {tokenizer.decode(answer.prompt)}\n         -> {answer.text}")
     run.finish()
 
 

@@ -1,14 +1,17 @@
-"""Models on the disk: one self-contained folder a run.
+"""What a run writes: one self-contained folder.
 
-config.json (model, method, arguments), model.pt (tensors only) and vocab.tiktoken. Every file is written under a
-temporary name, flushed, then renamed, and config.json comes last: a folder that has one is whole. Nothing that is
+A finished one holds config.json (model, method, arguments), model.pt (tensors only), vocab.tiktoken and metrics.jsonl;
+an unfinished one holds state.pt, to resume from; step-N are kept copies of the model. Every file is written under a
+temporary name, flushed, then renamed, and config.json comes last: a folder that has one is complete. Nothing that is
 loaded is ever unpickled.
 """
 
 import contextlib
 import dataclasses
+import glob
 import json
 import os
+import shutil
 
 import torch
 
@@ -33,14 +36,65 @@ def atomic(path: str, mode: str = "w"):
             os.remove(temporary)
 
 
+class Folder:
+    """The folder of a run. Only the first of several processes writes."""
+
+    def __init__(self, path: str, writes: bool = True):
+        self.path = path
+        self.writes = writes
+        self.state = os.path.join(path, "state.pt")
+
+    def finished(self) -> bool:
+        return os.path.exists(os.path.join(self.path, "config.json"))
+
+    def refuse_earlier_run(self):
+        """Raises UserError if the folder holds a run, finished or not."""
+        if self.finished():
+            raise UserError(f"{self.path} holds a finished run; give --overwrite to replace it, or another --out")
+        if os.path.exists(self.state):
+            raise UserError(f"{self.path} holds an unfinished run; give --resume to continue it, or --overwrite")
+
+    def remove_earlier_run(self):
+        """Deletes the earlier run's files, but its weights: they are replaced."""
+        if not self.writes:
+            return
+        for name in ("state.pt", "config.json", "metrics.jsonl"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(os.path.join(self.path, name))
+        for folder in ["tensorboard", *glob.glob("step-[0-9]*", root_dir=self.path)]:
+            shutil.rmtree(os.path.join(self.path, folder), ignore_errors=True)
+
+    def restore(self) -> dict | None:
+        """The last checkpoint, or None. Raises UserError if it cannot be read."""
+        return load_file(self.state) if os.path.exists(self.state) else None
+
+    def checkpoint(self, state: dict):
+        """Everything that the rest of the run depends on, in one file: it is the old one or the new one, never half."""
+        if self.writes:
+            with atomic(self.state, "wb") as f:
+                torch.save(state, f)
+
+    def remove_state(self):
+        if self.writes:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(self.state)
+
+    def save(self, name: str, model: GPT, tokenizer: Tokenizer, info: dict, head: bool):
+        """save_model, into a folder inside this one, or ("") into this one."""
+        if self.writes:
+            save_model(os.path.join(self.path, name), model, tokenizer, info, head)
+
+
 def save_model(folder: str, model: GPT, tokenizer: Tokenizer, info: dict, head: bool = True):
     """Writes weights, vocabulary and, last, config.json = info plus the model's configuration.
 
-    head=False leaves a scalar head out: what PPO trains has one for its values, what it makes is a language model."""
+    head=False leaves the scalar head out: PPO's policy has one for its values, but what PPO makes is a language model.
+    """
     tensors = {name: x.detach().cpu() for name, x in model.state_dict().items() if head or not name.startswith("head.")}
     config = dataclasses.replace(model.config, scalar_head=model.config.scalar_head and head)
+    config_path = os.path.join(folder, "config.json")
     os.makedirs(folder, exist_ok=True)
-    if os.path.exists(config_path := os.path.join(folder, "config.json")):
+    if os.path.exists(config_path):
         os.remove(config_path)
     with atomic(os.path.join(folder, "vocab.tiktoken")) as f:
         tokenizer.write(f)
@@ -52,7 +106,7 @@ def save_model(folder: str, model: GPT, tokenizer: Tokenizer, info: dict, head: 
 
 def load_model(name: str, device="cpu", reward: bool | None = False) -> tuple[GPT, Tokenizer]:
     """The model and the tokenizer of a finished run, or a GPT-2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in
-    Hugging Face's layout. `reward` says which kind is wanted: a reward or a language model; None: either.
+    Hugging Face's layout. reward=False asks for a language model, True for a reward model, None for either.
 
     Dropout is off (eval mode): with it, two log-probabilities of the same answer would not be comparable.
 
@@ -60,7 +114,7 @@ def load_model(name: str, device="cpu", reward: bool | None = False) -> tuple[GP
     """
     model, tokenizer = load_pretrained(name) if is_pretrained(name) else load_run(name)
     if reward not in (None, model.config.scalar_head):
-        kinds = "a language model", "a reward model"
+        kinds = ("a language model", "a reward model")
         raise UserError(f"{name} holds {kinds[not reward]}; here {kinds[reward]} is needed")
     return model.to(device).eval(), tokenizer
 
@@ -76,7 +130,8 @@ def load_run(folder: str) -> tuple[GPT, Tokenizer]:
         raise UserError(f"{folder} holds no finished model (no config.json); --resume its training") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}/config.json does not describe a model: {error}") from None
-    tokenizer, model = load_tokenizer(os.path.join(folder, "vocab.tiktoken")), GPT(config)
+    tokenizer = load_tokenizer(os.path.join(folder, "vocab.tiktoken"))
+    model = GPT(config)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"{folder}: the vocabulary has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     model.load_state_dict(load_tensors(os.path.join(folder, "model.pt"), model))
@@ -87,7 +142,7 @@ def load_file(path: str):
     """A checkpoint: tensors and plain values; nothing else is ever unpickled. UserError if it cannot be read."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # there is no exception that a broken file does not raise
+    except Exception as error:  # a corrupt file can raise anything
         raise UserError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from None
 
 
@@ -101,11 +156,12 @@ def load_tensors(path: str, model: GPT) -> dict:
 
 
 def same_vocabulary(tokenizer: Tokenizer, other: Tokenizer, first: str, second: str):
+    """Raises UserError unless both tokenizers, of the folders `first` and `second`, are the same."""
     if tokenizer != other:
-        raise UserError(f"{first} and {second} have different vocabularies ({tokenizer.vocab_size} and "
-                        f"{other.vocab_size} tokens); both must come from the same one")
+        sizes = f"{tokenizer.vocab_size} and {other.vocab_size} tokens"
+        raise UserError(f"{first} and {second} have different vocabularies ({sizes}); both must come from the same one")
 
 
 def freeze(model: GPT) -> GPT:
-    """For reference and reward models: no gradients, no dropout."""
+    """For reference and reward models: no gradients, and no dropout."""
     return model.requires_grad_(False).eval()

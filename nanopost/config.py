@@ -6,37 +6,65 @@
 
     if __name__ == "__main__":
         cli(main, Config)
+
+A Config checks its bounds in __post_init__, with at_least and between.
 """
 
 import argparse
 import dataclasses
 import inspect
-import io
+import re
 import sys
-import tokenize
 import typing
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """A mistake in the input, told in one line: what is wrong, where, what to do. The command line exits with 2."""
 
 
+# ----------------------------------------------------------------------------------------------------------- bounds
+
+
+def flag(name: str) -> str:
+    """The option of a field: batch_size -> --batch-size."""
+    return "--" + name.removeprefix("--").replace("_", "-")
+
+
+def at_least(config, bound: float, *names: str):
+    """Raises UserError unless each of these fields is at least `bound`."""
+    for name in names:
+        if not getattr(config, name) >= bound:
+            raise UserError(f"{flag(name)} must be at least {bound}, not {getattr(config, name)}")
+
+
+def between(config, low: float, high: float, *names: str):
+    """Raises UserError unless each of these fields is in [low, high]."""
+    for name in names:
+        if not low <= getattr(config, name) <= high:
+            raise UserError(f"{flag(name)} must be between {low} and {high}, not {getattr(config, name)}")
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
 def field_comments(config_class) -> dict[str, str]:
-    """{field name: comment}: the comment on the field's line and on the comment-only lines right below it.
+    """{field: comment}: the comment on the field's line and the comment-only lines right below it.
 
     A field that is inherited keeps its parent's comment."""
-    comments, name = {}, None
-    source = inspect.cleandoc("\n" + inspect.getsource(config_class))
-    names = {field.name for field in dataclasses.fields(config_class)}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.NAME and token.line.split(":")[0].strip() in names:
-            name = token.line.split(":")[0].strip()
-        elif token.type == tokenize.COMMENT and name:
-            comments[name] = (comments.get(name, "") + " " + token.string.lstrip("# ")).strip()
-        elif token.type == tokenize.NAME:
-            name = None
-    parent = config_class.__base__
-    return {**field_comments(parent), **comments} if dataclasses.is_dataclass(parent) else comments
+    comments = {}
+    for cls in filter(dataclasses.is_dataclass, reversed(config_class.__mro__)):
+        fields, name = {field.name for field in dataclasses.fields(cls)}, None
+        for line in inspect.getsource(cls).splitlines():
+            field = re.match(r"\s+(\w+):[^#]*(?:# *(.*))?$", line)
+            more = re.match(r"\s+# *(.*)$", line)
+            if field and field[1] in fields:
+                name = field[1]
+                comments[name] = field[2] or comments.get(name, "")
+            elif more and name:
+                comments[name] = f"{comments[name]} {more[1]}".strip()
+            else:
+                name = None
+    return comments
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,14 +72,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
-def parse(config_class, argv=None):
+def whole_number(text: str) -> int:
+    """An int, also written 10_000 or 1e4."""
+    value = float(text)
+    if not value.is_integer():  # nor are inf and nan
+        raise ValueError
+    return int(value)
+
+
+def parse(config_class, argv=None, prog=None):
     """The config that the command line describes. `--no-x` turns a flag off; `--log_every` is `--log-every` too."""
     doc = inspect.getdoc(inspect.getmodule(config_class)) or ""
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     types, comments = typing.get_type_hints(config_class), field_comments(config_class)
     for field in dataclasses.fields(config_class):
         help = comments.get(field.name, "").replace("%", "%%")
-        kind, required = types[field.name], field.default is dataclasses.MISSING
+        kind = types[field.name]
+        required = field.default is dataclasses.MISSING
         if not required and field.default not in ("", None):
             help += f" (default: {field.default})"
         if typing.get_origin(kind) is list:  # a list of paths: a positional argument
@@ -62,29 +99,21 @@ def parse(config_class, argv=None):
             action = argparse.BooleanOptionalAction
             parser.add_argument(flag(field.name), action=action, default=field.default, help=help)
         else:
-            parser.add_argument(flag(field.name), type=number if kind is int else kind, required=required,
-                                default=None if required else field.default, metavar=kind.__name__.upper(), help=help)
+            default = None if required else field.default
+            convert = whole_number if kind is int else kind
+            metavar = kind.__name__.upper()
+            parser.add_argument(
+                flag(field.name), type=convert, required=required, default=default, metavar=metavar, help=help
+            )
     argv = sys.argv[1:] if argv is None else argv
-    argv = [flag(a.split("=")[0]) + a[len(a.split("=")[0]):] if a.startswith("--") else a for a in argv]
+    argv = [flag(a.split("=")[0]) + a[len(a.split("=")[0]) :] if a.startswith("--") else a for a in argv]
     return config_class(**vars(parser.parse_args(argv)))
 
 
-def flag(name: str) -> str:
-    return "--" + name.removeprefix("--").replace("_", "-")
-
-
-def number(text: str) -> int:
-    """An int, also written 10_000 or 1e4."""
-    value = float(text)
-    if not value.is_integer():  # nor are inf and nan
-        raise ValueError
-    return int(value)
-
-
-def cli(main, config_class):
+def cli(main, config_class, argv=None, prog=None):
     """Runs main(config) from the command line. The user's mistakes become one line on stderr and exit code 2."""
     try:
-        main(parse(config_class))
+        main(parse(config_class, argv, prog))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

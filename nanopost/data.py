@@ -1,4 +1,4 @@
-"""JSONL records -> examples (ids and mask) -> length-sorted, right-padded batches.
+"""JSONL records -> examples (ids and mask) -> right-padded batches.
 
     {"text": ...}                                       language modelling: every token is a target
     {"prompt": ..., "completion": ...}                  SFT
@@ -8,104 +8,260 @@
 
 In place of a string, prompt, completion, chosen and rejected may be conversations: lists of {"role", "content"}. A pair
 without a prompt has it in both conversations: all but their last turns. Other keys are ignored. A malformed line stops
-everything with its file and line. Records that do not fit the context or hold no target are dropped, counted, and the
-count is printed.
+the run with its file and line. Records that do not fit the context or hold no target are dropped and counted.
 """
 
+import dataclasses
 import json
-import os
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from nanopost.config import UserError
+from nanopost.device import to_device
+from nanopost.records import conversation, read_records, require, with_prompt
 
-ROLES = ("user", "assistant", "system")
 PAD_TO = 8  # rows are padded to a multiple of this (as block_size is one): few shapes, little padding
 
 
-# ------------------------------------------------------------------------------------------------------- records
-
-
-def read_records(path: str):
-    """Yields (where, record) per line, where = "file:line". Raises UserError for a missing file and invalid JSON."""
-    if not os.path.isfile(path):
-        hint = "; python data/notes/prepare.py writes the embedded data" if path.startswith("data/notes/") else ""
-        raise UserError(f"no file {path}{hint}")
-    with open(path, "rb") as f:
-        yield from parse_records(path, f)
-
-
-def parse_records(path: str, lines):
-    """read_records of the lines, bytes each, of a file that is open or was unpacked."""
-    for n, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise UserError(f"{path}:{n}: not UTF-8 text") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{n}: invalid JSON: {error.msg} at column {error.colno}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{n}: a record must be an object like {{\"prompt\": ...}}, not {line[:40]!r}")
-        yield f"{path}:{n}", record
-
-
-def conversation(where: str, record: dict, key: str, role: str) -> list[dict]:
-    """record[key], a string or a conversation, as a list of messages; a string becomes one turn of `role`.
-
-    Raises UserError unless every message has a known role and a text, and the last turn (of a prompt) or the first
-    (of an answer) is of `role`. An assistant's text must not be empty: it would teach to say nothing.
-    """
-    value = record[key]
-    if isinstance(value, str):
-        value = [{"role": role, "content": value}]
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: {key} must be a string or a list of messages, not {json.dumps(value)[:40]}")
-    for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise UserError(f"{where}: {key}: a message must be {{\"role\": ..., \"content\": text}}, "
-                            f"not {json.dumps(message)[:60]}")
-        if message.get("role") not in ROLES:
-            raise UserError(f"{where}: {key}: the role must be one of {', '.join(ROLES)}, not {message.get('role')!r}")
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise UserError(f"{where}: {key} is empty; remove the record or give it an answer")
-    if key == "prompt" and value[-1]["role"] != role:
-        raise UserError(f"{where}: {key} must end with a turn of the {role}")
-    if key not in ("prompt", "messages") and not value[0]["role"] == value[-1]["role"] == role:
-        raise UserError(f"{where}: {key} must begin and end with a turn of the {role}")
-    return value
+# ------------------------------------------------------------------------------------ one row on the host: Example
 
 
 @dataclass
 class Example:
-    """One sequence: its token ids and, per token, whether it is a target of the loss."""
+    """One sequence: its token ids and, per token, whether it is a target of the loss.
+
+    A sampled one also has the response as text (without <|end|>), whether it ended, and its log-probability in nats.
+    """
 
     ids: list[int]
     mask: list[bool]
+    text: str = ""
+    ended: bool = False
+    logprob: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def prompt(self) -> list[int]:
+        """The ids before the first target."""
+        return self.ids[: self.mask.index(True)]
+
+    @property
+    def response(self) -> list[int]:
+        """The ids from the first target on, <|end|> included."""
+        return self.ids[self.mask.index(True) :]
 
 
-def with_prompt(where: str, pair: dict) -> dict:
-    """A pair that has its prompt inside two conversations -> the same pair with prompt, chosen and rejected apart.
+@dataclass
+class Pair:
+    """Two answers to one prompt. Its length is that of the longer side."""
 
-    Raises UserError if the sides do not share all but their last turns, or are strings: where the prompt ends in two
-    strings that begin alike, nobody knows.
+    chosen: Example
+    rejected: Example
+
+    def __len__(self) -> int:
+        return max(len(self.chosen), len(self.rejected))
+
+
+# --------------------------------------------------------------------------------- many rows on the device: Batch
+
+
+@dataclass
+class Batch:
+    """Right-padded rows. Everything per token is target-aligned: column t is about predicting ids[:, t+1].
+
+    ids (B, T) int64; mask (B, T-1) bool, True where ids[:, t+1] is a target; lengths (B,) int64, real tokens per row;
+    index (N,) int64, the flat positions of the targets in (B, T-1). Sampled rows also have logprobs (B, T-1) in nats
+    under the distribution they were sampled from, values (B, T-1) if the model has a scalar head, ended (B,) bool; PPO
+    adds what its losses need. Per-token tensors are 0 outside the mask.
     """
-    require(where, pair, "chosen", "rejected")
-    if "prompt" in pair:
-        return pair
-    chosen, rejected = pair["chosen"], pair["rejected"]
-    if not (isinstance(chosen, list) and isinstance(rejected, list)):
-        raise UserError(f"{where}: prompt is missing; only chosen and rejected that are conversations may contain it")
-    if not chosen[:-1] or chosen[:-1] != rejected[:-1]:
-        raise UserError(f"{where}: prompt is missing, and chosen and rejected do not share all but their last turns")
-    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    lengths: torch.Tensor
+    index: torch.Tensor | None = None
+    logprobs: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    ended: torch.Tensor | None = None
+    ref_logprobs: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.index is None:
+            self.index = self.mask.flatten().nonzero()[:, 0]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def targets(self) -> int:
+        """How many targets there are: a number of the host, no synchronisation."""
+        return len(self.index)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors with a row per sequence: all but index, which follows from the mask."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "index"}
+        return {name: x for name, x in fields.items() if x is not None}
+
+    def rows(self, rows: torch.Tensor) -> "Batch":
+        """Some rows, without the padding beyond the longest of them."""
+        T = round_up(int(self.lengths[rows].max()))
+        width = {name: T if name == "ids" else T - 1 for name in self.tensors()}
+        return Batch(**{name: x[rows, : width[name]] if x.dim() > 1 else x[rows] for name, x in self.tensors().items()})
+
+    def to(self, device) -> "Batch":
+        tensors = self.tensors() | {"index": self.index}
+        return Batch(**{name: to_device(x, device) for name, x in tensors.items()})
+
+    def responses(self) -> list[list[int]]:
+        """The target ids of every row, without the end token of those that ended."""
+        rows = zip(self.ids[:, 1:].cpu(), self.mask.cpu(), self.ended.tolist(), strict=True)
+        targets = [(ids[mask].tolist(), ended) for ids, mask, ended in rows]
+        return [ids[:-1] if ended else ids for ids, ended in targets]
+
+
+def round_up(length: int) -> int:
+    return math.ceil(length / PAD_TO) * PAD_TO
+
+
+def collate(rows: list[Example] | list[Pair], device="cpu", pad_id: int = 0) -> Batch:
+    """Pads B examples on the right to (B, T); P pairs become 2P rows, all chosen sides before all rejected ones.
+
+    What the padding holds does not matter: no real token attends to it and no target is in it.
+    """
+    if isinstance(rows[0], Pair):
+        rows = [pair.chosen for pair in rows] + [pair.rejected for pair in rows]
+    lengths = np.array([len(row) for row in rows])
+    T = round_up(int(lengths.max()))
+    ids = np.full((len(rows), T), pad_id, dtype=np.int64)
+    mask = np.zeros((len(rows), T), dtype=bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = row.ids
+        mask[i, : len(row)] = row.mask
+    mask = np.ascontiguousarray(mask[:, 1:])  # token-aligned -> target-aligned
+    index = np.flatnonzero(mask)  # made on the host: the device need not be asked how many targets there are
+    return Batch(*(to_device(torch.from_numpy(x), device) for x in (ids, mask, lengths, index)))
+
+
+# ------------------------------------------------------------------------------------------------- orders of rows
+
+
+def batches(rows: list, batch_size: int, seed: int = 0, window: int = 16):
+    """Yields lists of row numbers forever: every row once per epoch, rows of similar length together.
+
+    Rows are shuffled, sorted by length within windows of `window` batches, cut into batches, and the batches shuffled.
+    A last, smaller batch is yielded too: nothing is left out. The order depends on nothing but the arguments, so a
+    resumed run finds its place by counting. Raises UserError if there are no rows.
+    """
+    if not rows:
+        raise UserError("there is nothing to train on; give a file of records (--data, --prompts)")
+    rng = np.random.default_rng(seed)
+    lengths = np.array([len(row) for row in rows])
+    while True:
+        order, epoch = rng.permutation(len(rows)), []
+        for start in range(0, len(order), window * batch_size):
+            part = order[start : start + window * batch_size]
+            part = part[np.argsort(lengths[part], kind="stable")]
+            epoch += [part[i : i + batch_size].tolist() for i in range(0, len(part), batch_size)]
+        for i in rng.permutation(len(epoch)):
+            yield epoch[i]
+
+
+def micro_batches(rows: list, size: int) -> list[list]:
+    """Consecutive parts of at most `size` rows (0: all in one)."""
+    size = size or max(1, len(rows))
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def length_order(rows: list) -> list[int]:
+    """The positions of the rows, the shortest first."""
+    return sorted(range(len(rows)), key=lambda i: len(rows[i]))
+
+
+def in_length_order(rows: list[Example] | list[Pair], size: int, device):
+    """Yields (positions, Batch) of at most `size` rows each, rows of similar length together: little padding."""
+    for positions in micro_batches(length_order(rows), size):
+        yield positions, collate([rows[i] for i in positions], device)
+
+
+def map_batches(function, rows: list[Example] | list[Pair], size: int, device) -> torch.Tensor:
+    """function(batch) -> (B, ...) of all rows, in length order and put back: (N, ...), on the CPU."""
+    results = None
+    for positions, batch in in_length_order(rows, size, device):
+        part = function(batch).cpu()
+        if results is None:
+            results = part.new_zeros(len(rows), *part.shape[1:])
+        results[positions] = part
+    return torch.zeros(0) if results is None else results
+
+
+# ---------------------------------------------------------------------------------------------- files of examples
+
+
+def load(path: str, what: str, encode, limit: int | None = None) -> list:
+    """[encode(where, record)] of a file, at most `limit`. Records for which encode returns a string, the reason, are
+    dropped and counted. Raises UserError if none is left; an empty path means no records."""
+    rows, dropped = [], {}
+    for where, record in read_records(path) if path else []:
+        if len(rows) == limit:
+            break
+        row = encode(where, record)
+        if isinstance(row, str):
+            count_drop(dropped, row)
+        else:
+            rows.append(row)
+    if path:
+        print_kept(path, len(rows), what, dropped)
+    return rows
+
+
+def load_examples(path: str, tokenizer, block_size: int = 10**9, limit: int | None = None) -> list[Example]:
+    """The examples of a file for SFT or pretraining; see load."""
+
+    def encode(where, record):
+        example = encode_example(tokenizer, where, record)
+        if len(example) > block_size:
+            return f"longer than {block_size} tokens"
+        return example if any(example.mask[1:]) else "without a target"
+
+    return load(path, "examples", encode, limit)
+
+
+def load_pairs(path: str, tokenizer, block_size: int = 10**9, limit: int | None = None) -> list[Pair]:
+    """The pairs of a file of preferences; see load. Two equal sides teach nothing: such pairs are dropped."""
+
+    def encode(where, record):
+        record = with_prompt(where, record)
+        pair = Pair(*(encode_answer(tokenizer, where, record, key) for key in ("chosen", "rejected")))
+        if len(pair) > block_size:
+            return f"longer than {block_size} tokens"
+        return pair if pair.chosen.ids != pair.rejected.ids else "with two equal sides"
+
+    return load(path, "pairs", encode, limit)
+
+
+def load_prompts(path: str, tokenizer, longest: int, limit: int | None = None) -> tuple[list, list[list[int]]]:
+    """(the prompts as they stand in the file, their ids), of at most `longest` tokens each; see load."""
+    if longest < 1:
+        raise UserError("the longest answer leaves no room for a prompt in the context; lower --max-new-tokens")
+
+    def encode(where, record):
+        require(where, record, "prompt")
+        ids = tokenizer.prompt(conversation(where, record, "prompt", "user"))
+        return (record["prompt"], ids) if len(ids) <= longest else f"longer than {longest} tokens"
+
+    both = load(path, "prompts", encode, limit)
+    return [prompt for prompt, _ in both], [ids for _, ids in both]
 
 
 def encode_answer(tokenizer, where: str, record: dict, key: str) -> Example:
-    """The prompt and the answer under `key`: prompt ids and answer ids are made apart and concatenated."""
+    """The prompt and the answer under `key`: each is tokenised by itself, then their ids are concatenated."""
     prompt, _ = tokenizer.chat(conversation(where, record, "prompt", "user"))
     answer, mask = tokenizer.chat(conversation(where, record, key, "assistant"))
     return Example(prompt + answer, [False] * len(prompt) + mask)
@@ -121,142 +277,17 @@ def encode_example(tokenizer, where: str, record: dict) -> Example:
         return encode_answer(tokenizer, where, record, "completion")
     if "text" in record:
         if not isinstance(record["text"], str) or not record["text"]:
-            raise UserError(f"{where}: text must be a text that is not empty, not {json.dumps(record['text'])[:40]}")
+            raise UserError(f"{where}: text must be a non-empty string, not {json.dumps(record['text'])[:40]}")
         return Example(*tokenizer.document(record["text"]))
     raise UserError(f"{where}: needs text, messages, or prompt and completion; it has {', '.join(record) or 'nothing'}")
 
 
-def load_examples(path: str, tokenizer, block_size: int | None = None, limit: int | None = None) -> list[Example]:
-    """The examples of a file for SFT or pretraining, at most `limit`. Raises UserError if none is left."""
-    examples, dropped = [], {}
-    for where, record in read_records(path):
-        if limit is not None and len(examples) == limit:
-            break
-        example = encode_example(tokenizer, where, record)
-        if block_size and len(example.ids) > block_size:
-            count(dropped, f"longer than {block_size} tokens")
-        elif not any(example.mask[1:]):
-            count(dropped, "without a target")
-        else:
-            examples.append(example)
-    report(path, len(examples), "examples", dropped)
-    return examples
+def count_drop(dropped: dict, reason: str):
+    dropped[reason] = dropped.get(reason, 0) + 1
 
 
-def load_pairs(path: str, tokenizer, block_size: int | None = None, limit: int | None = None) -> list:
-    """(chosen, rejected) Examples of a file of preferences, at most `limit`. Pairs whose two sides are the same teach
-    nothing and are dropped."""
-    pairs, dropped = [], {}
-    for where, record in read_records(path):
-        if limit is not None and len(pairs) == limit:
-            break
-        record = with_prompt(where, record)
-        pair = tuple(encode_answer(tokenizer, where, record, key) for key in ("chosen", "rejected"))
-        if block_size and max(len(side.ids) for side in pair) > block_size:
-            count(dropped, f"longer than {block_size} tokens")
-        elif pair[0].ids == pair[1].ids:
-            count(dropped, "with two equal sides")
-        else:
-            pairs.append(pair)
-    report(path, len(pairs), "pairs", dropped)
-    return pairs
-
-
-def load_prompts(path: str, tokenizer, longest: int, limit: int | None = None) -> tuple[list, list[list[int]]]:
-    """(prompts as they stand in the file, the token ids), at most `limit`. `longest` is the room for one, in tokens."""
-    if longest < 1:
-        raise UserError("the longest answer leaves no room for a prompt in the context; lower --max-new-tokens")
-    prompts, ids, dropped = [], [], {}
-    for where, record in read_records(path):
-        if limit is not None and len(prompts) == limit:
-            break
-        require(where, record, "prompt")
-        prompt = tokenizer.prompt(conversation(where, record, "prompt", "user"))
-        if len(prompt) > longest:
-            count(dropped, f"longer than {longest} tokens")
-        else:
-            prompts.append(record["prompt"])
-            ids.append(prompt)
-    report(path, len(prompts), "prompts", dropped)
-    return prompts, ids
-
-
-def require(where: str, record: dict, *keys: str):
-    for key in keys:
-        if key not in record:
-            raise UserError(f"{where}: needs {', '.join(keys)}; {key} is missing")
-
-
-def count(counts: dict, key: str):
-    counts[key] = counts.get(key, 0) + 1
-
-
-def report(path: str, kept: int, what: str, dropped: dict):
+def print_kept(path: str, kept: int, what: str, dropped: dict):
+    """Prints how many records are used and how many were dropped, and why. Raises UserError if none is left."""
     if not kept:
-        raise UserError(f"{path}: no {what}" + "".join(f"; {n} are {why}" for why, n in dropped.items()))
-    print(f"{path}: {kept:,} {what}" + "".join(f", dropped {n:,} {why}" for why, n in dropped.items()))
-
-
-# ------------------------------------------------------------------------------------------------------- batches
-
-
-@dataclass
-class Batch:
-    """Right-padded rows. Everything per token is target-aligned: column t is about predicting ids[:, t+1].
-
-    ids (B, T) int64; mask (B, T-1) bool, True where ids[:, t+1] is a target; index (N,) int64, the flat positions of
-    the targets in (B, T-1), made on the host; lengths (B,) int64, real tokens a row.
-    """
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-    index: torch.Tensor
-    lengths: torch.Tensor
-
-    @property
-    def targets(self) -> int:
-        """How many targets there are: a number of the host, no synchronisation."""
-        return len(self.index)
-
-
-def collate(examples: list[Example], device="cpu", pad_id: int = 0) -> Batch:
-    """Pads on the right. What the padding holds does not matter: no real token sees it and no target is in it."""
-    lengths = np.array([len(e.ids) for e in examples])
-    T = -(-int(lengths.max()) // PAD_TO) * PAD_TO
-    ids = np.full((len(examples), T), pad_id, dtype=np.int64)
-    mask = np.zeros((len(examples), T), dtype=bool)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = example.ids
-        mask[row, : len(example.ids)] = example.mask
-    mask = mask[:, 1:]  # token-aligned -> target-aligned
-    tensors = ids, mask, np.flatnonzero(mask), lengths
-    return Batch(*(to_device(torch.from_numpy(np.ascontiguousarray(t)), device) for t in tensors))
-
-
-def to_device(x: torch.Tensor, device) -> torch.Tensor:
-    """x of the host on the device. From pinned memory a GPU fetches it by itself: nobody waits for anybody."""
-    return (x.pin_memory() if torch.device(device).type == "cuda" else x).to(device, non_blocking=True)
-
-
-def batches(lengths: list[int], batch_size: int, seed: int = 0, window: int = 16):
-    """Yields lists of row numbers for ever, epoch after epoch: every row once an epoch, rows of like length together.
-
-    Rows are shuffled, sorted by length inside windows of `window` batches, cut into batches, and the batches shuffled.
-    A last, smaller batch is yielded too: nothing is left out. The order depends on nothing but the arguments, so a
-    resumed run finds its place by counting.
-    """
-    rng, lengths = np.random.default_rng(seed), np.asarray(lengths)
-    while True:
-        order, epoch = rng.permutation(len(lengths)), []
-        for start in range(0, len(order), window * batch_size):
-            rows = order[start : start + window * batch_size]
-            rows = rows[np.argsort(lengths[rows], kind="stable")]
-            epoch += [rows[i : i + batch_size].tolist() for i in range(0, len(rows), batch_size)]
-        for i in rng.permutation(len(epoch)):
-            yield epoch[i]
-
-
-def split(rows: list, size: int) -> list[list]:
-    """The micro-batches of a batch: consecutive parts of at most `size` rows (0: all in one)."""
-    size = size or max(1, len(rows))
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+        raise UserError(f"{path}: no {what}" + "".join(f"; {n} are {reason}" for reason, n in dropped.items()))
+    print(f"{path}: {kept:,} {what}" + "".join(f", dropped {n:,} {reason}" for reason, n in dropped.items()))

@@ -1,9 +1,9 @@
 """Several processes, one run: torchrun --nproc_per_node=8 train_sft.py ...
 
 Every process has the model and all the data, draws the same random numbers and works on its share of each batch. What
-it computes are sums over its rows, divided by the one denominator of the whole batch, so gradients and statistics have
-only to be added up: without dropout, N processes make the steps of one, whatever N is. There is no wrapper around the
-model, but one all-reduce of all gradients a step: for a model that fits on a GPU it costs little next to a large batch.
+it computes are sums over its rows, divided by the one denominator of the whole batch, so gradients and statistics only
+have to be added up: without dropout, N processes make the same steps as one. There is no wrapper around the model, but
+one all-reduce of all gradients per step: for a model that fits on a GPU it costs little next to a large batch.
 """
 
 import atexit
@@ -12,13 +12,18 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from nanopost.config import UserError
+from nanopost.data import Batch
+
+MOST_STATISTICS = 64  # per step; a process without rows does not know how many the others have
 
 
 def start(device: str) -> tuple[str, int, int]:
-    """(the name of this process's device, its rank, how many there are). Only the first one prints, but for errors.
-    Without torchrun: 0 of 1. Raises UserError if all were to share one GPU."""
+    """(this process's device, its rank, the number of processes). Only the first process prints, except errors.
+
+    Without torchrun: rank 0 of 1. Raises UserError if all would share one GPU."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device, 0, 1
     if device.startswith("cuda:"):
@@ -33,70 +38,71 @@ def start(device: str) -> tuple[str, int, int]:
     return device, dist.get_rank(), dist.get_world_size()
 
 
-def many() -> bool:
+def is_distributed() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def shard(rows):
     """This process's share of the rows of a batch, a list or a tensor: every N-th, so that sorted rows are dealt out
     evenly. It may be empty, but not for the first process."""
-    return rows[dist.get_rank() :: dist.get_world_size()] if many() else rows
+    return rows[dist.get_rank() :: dist.get_world_size()] if is_distributed() else rows
 
 
-def add_gradients(parameters: list):
+def all_reduce_gradients(parameters: list):
     """Makes every process's gradients the sum of all of theirs."""
-    if many():
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-        dist.all_reduce(flat)
-        for p, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = part.view_as(p)
+    if not is_distributed():
+        return
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    dist.all_reduce(flat)
+    parts = flat.split([p.numel() for p in parameters])
+    for p, part in zip(parameters, parts, strict=True):
+        p.grad = part.view_as(p)
 
 
-def add_up(stats: dict, device) -> dict:
+def all_reduce(stats: dict, device) -> dict:
     """The statistics of the whole batch from those of the processes' shares, which are sums over one denominator. A
-    process without rows has an empty dict, and keeps it."""
-    if not many():
+    process without rows passes an empty dict, and gets one."""
+    if not is_distributed():
         return stats
-    values = torch.zeros(64, dtype=torch.float64, device=device)
+    values = torch.zeros(MOST_STATISTICS, dtype=torch.float64, device=device)
     for i, value in enumerate(stats.values()):
         values[i] = value
     dist.all_reduce(values)
     return dict(zip(stats, values.float()))
 
 
-def gather(x, device):
-    """The rows of all processes' shares, put back in their order: a tensor, or a dict of them, row by row (n, ...). The
-    second dimension may differ from process to process, and is filled with zeros (False) on the right."""
-    if not many():
+def all_gather(x: torch.Tensor | Batch):
+    """The rows of all processes' shares, put back in their order: a Batch or a tensor (n,) or (n, m), on the CPU.
+
+    The second dimension may differ between processes: it is filled with zeros (False) on the right.
+    """
+    if not is_distributed():
         return x
-    if isinstance(x, dict):
-        return {name: gather(tensor, device) for name, tensor in x.items()}
-    sizes = torch.tensor([len(x), x.shape[1] if x.dim() > 1 else 0], device=device)
-    every = [torch.empty_like(sizes) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, sizes)
-    rows, columns = torch.stack(every).amax(0).tolist()
-    padded = torch.zeros(rows, *([columns, *x.shape[2:]] if x.dim() > 1 else []), dtype=x.dtype, device=device)
-    padded[(slice(len(x)), *[slice(n) for n in x.shape[1:]])] = x.to(device)
-    parts = [torch.empty_like(padded) for _ in every]
-    dist.all_gather(parts, padded)
-    counts = [int(size[0]) for size in every]
-    order = torch.cat([torch.arange(sum(counts))[rank :: len(counts)] for rank in range(len(counts))])
-    out = torch.cat([part[:count] for part, count in zip(parts, counts)])
-    return out[order.argsort().to(device)].to(x.device)
+    if isinstance(x, Batch):
+        return Batch(**{name: all_gather(tensor) for name, tensor in x.tensors().items()})
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x)
+    width = max(part.shape[1] for part in parts) if x.dim() > 1 else 0
+    rows = x.new_zeros(sum(map(len, parts)), *([width] if x.dim() > 1 else []))
+    for rank, part in enumerate(parts):
+        if x.dim() > 1:
+            part = F.pad(part, (0, width - part.shape[1]))
+        rows[rank :: len(parts)] = part  # what shard() gave it
+    return rows
 
 
-def same_start(modules: dict):
+def broadcast(modules: dict):
     """All processes begin with the first one's weights."""
-    if many():
+    if is_distributed():
         for module in modules.values():
             for p in module.parameters():
                 dist.broadcast(p.data, 0)
 
 
-def wait():
-    """Until all processes are here, at the end of a run. One that failed does not come, and leaves without a word to
-    the others: torchrun ends them."""
-    if many():
+def barrier():
+    """Waits until all processes are here, at the end of a run. A failed process never gets here and skips the teardown;
+    torchrun stops the rest."""
+    if is_distributed():
         dist.barrier()
         atexit.unregister(dist.destroy_process_group)
         atexit.register(dist.destroy_process_group)

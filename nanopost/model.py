@@ -14,103 +14,85 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from nanopost.config import UserError
+from nanopost.linear import Linear, linear
+
 
 def upcast(x: torch.Tensor) -> torch.Tensor:
-    """x in single precision if it has less: sums and logarithms of half-precision numbers lose whole nats. Double
-    precision, in which the tests compute, stays."""
+    """Half precision to fp32, because half-precision sums and logs are off by whole nats; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+LOGIT_ROWS = 2**13  # rows of fp32 logits that exist at once: 1.6 GB for GPT-2's vocabulary
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear: x (..., I), weight (O, I), bias (O,) -> (..., O). In single precision on a CPU, as a 1x1 convolution.
-
-    It is the same sum, but PyTorch gives F.linear to MKL, which leaves AVX-512 unused on AMD's processors, and a
-    convolution to oneDNN, which is twice as fast there and with AVX2 as fast. The dilation has nothing to spread in a
-    1x1 kernel; without it and on one thread PyTorch would go to MKL here too. Few rows are not worth the way.
-    """
-    fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    few = x.shape[:-1].numel() < 128 or x.numel() < 2**15
-    if x.device.type != "cpu" or not fp32 or few or not ONEDNN:
-        return F.linear(x, weight, bias)
-    image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, I, 1, rows): channels last, nothing is copied
-    y = F.conv2d(image, weight[:, :, None, None], bias, dilation=2)  # (1, O, 1, rows)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
-
-
-class Linear(nn.Linear):
-    def forward(self, x):
-        return linear(x, self.weight, self.bias)
-
-
-LOGIT_ROWS = 2**13  # rows of fp32 logits made at once where log-probabilities are: 1.6 GB for GPT-2's vocabulary
-
-
-def token_nll(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> torch.Tensor:
-    """-log softmax(logits / temperature) of the targets, in nats, fp32: logits (N, V), targets (N,) -> (N,)."""
+def token_nll(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """-log softmax(logits / temperature) at each target, in nats, fp32: logits (N, V), targets (N,) -> (N,)."""
     return F.cross_entropy(upcast(logits) / temperature, targets, reduction="none")
 
 
 @dataclass
 class GPTConfig:
+    """The sizes of a model. Raises UserError for sizes that do not fit together."""
+
     vocab_size: int = 50262  # real tokens; the matrix has more rows (a multiple of 64), which never get probability
-    block_size: int = 1024  # the longest sequence, in tokens; a multiple of 8, as the rows of a batch are
+    block_size: int = 1024  # the longest sequence, in tokens; a multiple of 8, like the width of a batch
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     dropout: float = 0.0
-    scalar_head: bool = False  # one number a position: the value (PPO) or the reward (reward model)
+    scalar_head: bool = False  # one number per position: the value (PPO) or the reward (reward model)
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+            raise UserError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.block_size % 8:
-            raise ValueError(f"block_size ({self.block_size}) must be a multiple of 8")
+            raise UserError(f"block_size ({self.block_size}) must be a multiple of 8")
         if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+            raise UserError(f"dropout must be in [0, 1), not {self.dropout}")
 
     @property
     def rows(self) -> int:
         """Rows of the embedding matrix: vocab_size rounded up to a multiple of 64, which GPUs multiply faster."""
-        return -(-self.vocab_size // 64) * 64
+        return math.ceil(self.vocab_size / 64) * 64
 
 
 class KVCache:
-    """Keys and values of every layer for B rows of at most S tokens, allocated once.
+    """Keys and values of every layer, for B rows of at most S tokens: allocated once, in columns.
 
-    `pos` (B,) is the number of tokens that each row holds: the column that its next token goes to. No row holds more
-    than `used`, a number of the host; `span` is how many columns a step attends to, a multiple of `columns`, so that
-    few shapes occur, which is what CUDA graphs want. Raises ValueError if S is longer than the context.
+    pos (B,) is the column that each row's next token goes to, so the number of tokens that the row holds. No row holds
+    more than `used`. A decoding step attends to the first `span` columns. Raises ValueError if S exceeds the context.
     """
 
-    def __init__(self, config: GPTConfig, rows: int, length: int, device=None, dtype=torch.float32, columns: int = 8):
+    def __init__(self, config: GPTConfig, rows: int, length: int, device=None, dtype=torch.float32):
         if length > config.block_size:
             raise ValueError(f"{length} tokens are longer than the context of {config.block_size}")
         head = config.n_embd // config.n_head
         shape = (config.n_layer, 2, rows, config.n_head, length, head)  # (L, 2, B, H, S, D)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.pos = torch.zeros(rows, dtype=torch.long, device=device)  # (B,)
-        self.used, self.span, self.columns = 0, 0, columns
+        self.used = self.span = 0
 
     def fill(self, lengths: torch.Tensor, longest: int):
         """After the forward pass of the prompts: their lengths (B,) in tokens, and the longest as a number."""
-        self.pos, self.used = lengths.clone(), longest
+        self.pos = lengths.clone()
+        self.used = longest
 
     def extend(self):
-        """Before every decoding step: each row is about to get one more token. Raises ValueError if it has no room."""
-        if self.used == self.kv.shape[4]:
-            raise ValueError(f"the cache is full: it has room for {self.used} tokens")
+        """Before every decoding step: each row is about to get a token. Raises ValueError if there is no room."""
+        room = self.kv.shape[4]
+        if self.used == room:
+            raise ValueError(f"the cache is full: it has room for {room} tokens")
         self.used += 1
-        self.span = min(-(-self.used // self.columns) * self.columns, self.kv.shape[4])
+        self.span = min(math.ceil(self.used / 8) * 8, room)  # a multiple of 8: few shapes occur
 
     def keep(self, rows: torch.Tensor):
-        """Drops all rows but these (an index tensor)."""
-        self.kv, self.pos = self.kv[:, :, rows], self.pos[rows]
+        """Drops all rows but these (an index or a mask)."""
+        self.kv = self.kv[:, :, rows]
+        self.pos = self.pos[rows]
 
 
 class Attention(nn.Module):
@@ -121,13 +103,13 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, kv=None, pos=None, mask=None):
-        """x (B, T, C) -> (B, T, C). kv (2, B, H, S, D) is this layer's cache; a mask is given in decoding only."""
+        """x (B, T, C) -> (B, T, C). kv (2, B, H, S, D) is this layer's cache; A mask is given only when decoding."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
         if kv is not None and mask is None:  # the prompt: fill columns 0..T-1
             kv[0, :, :, :T], kv[1, :, :, :T] = k, v
-        elif kv is not None:  # one token a row: write it to the row's own column, read all columns in use
+        elif kv is not None:  # one token per row: write it to the row's own column, read all columns in use
             rows = torch.arange(B, device=x.device)
             kv[0, rows, :, pos], kv[1, rows, :, pos] = k[:, :, 0].to(kv.dtype), v[:, :, 0].to(kv.dtype)
             k, v = kv[:, :, :, : mask.shape[-1]]  # (B, H, S, D) each
@@ -142,10 +124,9 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
-        self.mlp = nn.ModuleDict({
-            "c_fc": Linear(config.n_embd, 4 * config.n_embd),
-            "c_proj": Linear(4 * config.n_embd, config.n_embd),
-        })
+        self.mlp = nn.ModuleDict()
+        self.mlp["c_fc"] = Linear(config.n_embd, 4 * config.n_embd)
+        self.mlp["c_proj"] = Linear(4 * config.n_embd, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, kv=None, pos=None, mask=None):
@@ -157,7 +138,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The trunk, the tied output matrix and, if the configuration says so, a scalar head."""
 
-    nll = staticmethod(token_nll)  # a run may put a compiled one here
+    nll = staticmethod(token_nll)  # Run.compile puts a compiled one here
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -176,14 +157,14 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, new_tokens: int = 0):
-        """OpenAI's GPT-2, by a name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or from a folder in Hugging Face's layout,
-        with rows for so many more tokens. What it reads and what it raises: nanopost/huggingface.py."""
+        """OpenAI's GPT-2, by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or from a folder in Hugging Face's layout,
+        with rows for new_tokens more tokens. What it reads and what it raises: nanopost/huggingface.py."""
         from nanopost.huggingface import from_pretrained  # which imports this file
 
         return from_pretrained(name, new_tokens)
 
     def add_head(self, std: float):
-        """Gives the model a fresh scalar head: weights N(0, std), bias 0 (std 0: it says 0 everywhere)."""
+        """Adds a fresh scalar head: weights N(0, std), bias 0 (std 0: its output is 0 everywhere)."""
         self.config.scalar_head = True
         self.head = nn.Linear(self.config.n_embd, 1).to(self.wte.weight)
         nn.init.normal_(self.head.weight, std=std)
@@ -198,8 +179,8 @@ class GPT(nn.Module):
         """ids (B, T) int64 -> hidden states after the final LayerNorm (B, T, C).
 
         With an empty cache: the same, and the cache gets the keys and values; then call `cache.fill` with the rows'
-        lengths. With a filled one: ids is (B, 1), each row's next token; call `cache.extend` first. Such a step looks
-        at nothing from the host, so a CUDA graph can replay it. Raises ValueError beyond block_size.
+        lengths. With a filled one: ids is (B, 1), each row's next token; call `cache.extend` first. Such a step reads
+        nothing back to the host. Raises ValueError beyond block_size.
         """
         T, device = ids.shape[1], ids.device
         decoding = cache is not None and cache.used > 0
@@ -212,14 +193,14 @@ class GPT(nn.Module):
             position, mask = torch.arange(T, device=device), None  # (T,)
         x = self.drop(self.wte(ids) + self.wpe(position))  # (B, T, C)
         for layer, block in enumerate(self.h):
-            # decoding has CUDA graphs instead, and shapes of its own: .forward goes past torch.compile
+            # a decoding step has shapes of its own: .forward bypasses torch.compile
             x = block(x) if cache is None else block.forward(x, cache.kv[layer], cache.pos, mask)
         if decoding:
             cache.pos.add_(1)
         return self.ln_f(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., C) -> (..., V): the rows beyond the real tokens are cut off, so they get no probability."""
+        """hidden (..., C) -> (..., V). Rows beyond the real tokens are cut off, so they get no probability."""
         return linear(hidden, self.wte.weight)[..., : self.config.vocab_size]
 
     def scalar(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -228,7 +209,7 @@ class GPT(nn.Module):
             return self.head(hidden.to(self.head.weight)).squeeze(-1)
 
     def score(self, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """ids (B, T), lengths (B,) -> (B,) fp32: the scalar head at each row's last real token, which saw the rest."""
+        """ids (B, T), lengths (B,) -> (B,) fp32: the scalar head at each row's last real token."""
         rows = torch.arange(len(ids), device=ids.device)
         return self.scalar(self(ids)[rows, lengths - 1])  # (B, T, C) -> (B, C) -> (B,)
 
@@ -236,10 +217,10 @@ class GPT(nn.Module):
         """Token log-probabilities in nats, fp32, target-aligned: hidden (B, T, C), ids (B, T) -> (B, T-1).
 
         Column t is log p(ids[:, t+1] | ids[:, :t+1]) at the flat positions `index` (N,) of (B, T-1), and 0 elsewhere:
-        only N rows of logits are ever made. With a temperature: of the distribution softmax(logits / temperature).
+        only N rows of logits are ever made. The distribution is softmax(logits / temperature).
         """
-        h = hidden[:, :-1].flatten(0, 1)[index]  # (N, C)
+        hidden = hidden[:, :-1].flatten(0, 1)[index]  # (B, T, C) -> (B, T-1, C) -> (N, C)
         targets = ids[:, 1:].flatten()[index]  # (N,)
-        logp = torch.cat([-self.nll(self.logits(h), targets, temperature)
-                          for h, targets in zip(h.split(LOGIT_ROWS), targets.split(LOGIT_ROWS))])  # (N,)
+        parts = zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+        logp = torch.cat([-self.nll(self.logits(h), target, temperature) for h, target in parts])  # (N,)
         return logp.new_zeros(ids[:, 1:].numel()).index_put((index,), logp).view_as(ids[:, 1:])  # (B, T-1)

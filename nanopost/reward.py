@@ -13,13 +13,42 @@ import torch
 
 from nanopost.checkpoint import freeze, load_model, same_vocabulary
 from nanopost.config import UserError
-from nanopost.data import Example, collate
+from nanopost.data import Batch, Example, map_batches
 from nanopost.model import GPT
 
 
+def load_reward(spec: str, tokenizer, owner: str, block_size: int, device):
+    """The judge as a function score(prompts, answers) -> (N,), for training, normalisation and evaluation alike.
+
+    answers: Examples as sample_text returns them, or the Batch that generate returned. spec: file.py:function, whose
+    numbers keep their float64 (so that 0.7 is not below a threshold of 0.7), or the folder of a reward model; the rest
+    is as for load_reward_model.
+    """
+    if ".py:" in spec:
+        function = load_function(spec)
+
+        def score(prompts, answers):
+            if isinstance(answers, Batch):
+                texts = [tokenizer.decode(ids) for ids in answers.responses()]
+            else:
+                texts = [answer.text for answer in answers]
+            return torch.tensor(call_reward(function, prompts, texts), dtype=torch.float64)
+    else:
+        model = load_reward_model(spec, tokenizer, owner, block_size, device)
+
+        def score(prompts, answers):
+            if isinstance(answers, Batch):
+                return model.score(answers.ids, answers.lengths)
+            return score_examples(model, answers)
+
+    return score
+
+
 def load_reward_model(folder: str, tokenizer, owner: str, block_size: int, device) -> GPT:
-    """A reward model, frozen, for texts of a policy. UserError unless its vocabulary is that of `owner` (the folder
-    that `tokenizer` is from) and its context holds block_size tokens."""
+    """A frozen reward model for the texts of a policy.
+
+    Raises UserError unless its vocabulary is that of `owner` (the folder that `tokenizer` is from) and its context
+    holds block_size tokens."""
     model, other = load_model(folder, device, reward=True)
     same_vocabulary(tokenizer, other, owner, folder)
     if model.config.block_size < block_size:
@@ -27,38 +56,14 @@ def load_reward_model(folder: str, tokenizer, owner: str, block_size: int, devic
     return freeze(model)
 
 
-def load_reward(spec: str, tokenizer, owner: str, block_size: int, device):
-    """The reward as a function score(prompts, samples) -> (R,) of the Samples that generate() returns.
-
-    spec: file.py:function, or the folder of a reward model; the rest is as for load_reward_model.
-    """
-    if ".py:" in spec:
-        function = load_function(spec)
-
-        def score(prompts, samples):
-            texts = [tokenizer.decode(ids) for ids in samples.responses()]
-            return torch.tensor(call_reward(function, prompts, texts), device=device)
-    else:
-        model = load_reward_model(spec, tokenizer, owner, block_size, device)
-
-        def score(prompts, samples):
-            return model.score(samples.ids, samples.lengths)
-    return score
-
-
-def load_judge(spec: str, tokenizer, owner: str, block_size: int, device):
-    """As load_reward, for samples as sample_text returns them: score(prompts, samples) -> (N,), on the CPU. What a
-    function returns keeps its precision, so that 0.7 is not below a threshold of 0.7."""
-    if ".py:" in spec:
-        function = load_function(spec)
-        return lambda prompts, samples: torch.tensor(call_reward(function, prompts, [s["text"] for s in samples]),
-                                                     dtype=torch.float64)
-    model = load_reward_model(spec, tokenizer, owner, block_size, device)
-    return lambda prompts, samples: score_samples(model, samples)
+@torch.no_grad()
+def score_examples(model: GPT, examples: list[Example], batch_size: int = 64) -> torch.Tensor:
+    """The reward model's scores (N,), on the CPU."""
+    return map_batches(lambda batch: model.score(batch.ids, batch.lengths), examples, batch_size, model.device)
 
 
 def load_function(spec: str):
-    """The Python function "file.py:function". Its file may import its neighbours. UserError if there is none."""
+    """The Python function "file.py:function". Its file may import its neighbours. Raises UserError if there is none."""
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not os.path.isfile(path):
         raise UserError(f"no file {path or spec}; a function is given as file.py:function")
@@ -74,25 +79,14 @@ def load_function(spec: str):
 
 
 def call_reward(function, prompts: list, completions: list[str]) -> list[float]:
-    """function(prompts, completions) with its result checked: one finite number a completion, else UserError."""
+    """function(prompts, completions), checked: one finite number per completion. Otherwise raises UserError."""
     try:
         scores = [float(x) for x in function(prompts, completions)]
     except (TypeError, ValueError) as error:
         raise UserError(f"reward function {function.__name__}: {error}") from None
     if len(scores) != len(completions) or not all(map(math.isfinite, scores)):
-        raise UserError(f"reward function {function.__name__}: must return one finite number for each of the "
-                        f"{len(completions)} completions; it returned {len(scores)}")
-    return scores
-
-
-@torch.no_grad()
-def score_samples(model: GPT, samples: list[dict], batch_size: int = 64) -> torch.Tensor:
-    """The reward model's scores (N,), on the CPU, of samples as sample_text returns them."""
-    rows = [Example(s["prompt_ids"] + s["ids"], [False] * (len(s["prompt_ids"]) + len(s["ids"]))) for s in samples]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    scores = torch.zeros(len(rows), dtype=model.wte.weight.dtype)
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        batch = collate([rows[i] for i in part], model.device)
-        scores[part] = model.score(batch.ids, batch.lengths).cpu()
+        raise UserError(
+            f"reward function {function.__name__}: must return one finite number for each of the "
+            f"{len(completions)} completions; it returned {len(scores)}"
+        )
     return scores

@@ -1,15 +1,12 @@
 """What every script needs around its loop: device, precision, optimizer, schedule, checkpoints, metrics, progress bar.
 
-A run writes one self-contained folder (checkpoint.py says what is in it), appends to its metrics.jsonl and, while it is
-unfinished, keeps there a state.pt to resume from.
+Run offers these as services. The loop itself stands in the script, every action one visible line.
 """
 
 import dataclasses
-import glob
 import importlib.util
 import math
 import os
-import shutil
 import time
 from dataclasses import dataclass
 
@@ -17,115 +14,104 @@ import torch
 from tqdm import tqdm
 
 from nanopost import distributed
-from nanopost.checkpoint import atomic, load_file, save_model
-from nanopost.config import UserError
+from nanopost.checkpoint import Folder
+from nanopost.config import UserError, at_least
+from nanopost.device import find_device
 from nanopost.metrics import Metrics
 from nanopost.model import token_nll
-from nanopost.tokenizer import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+WITHOUT_EFFECT = ("resume", "overwrite", "out", "compile", "log_every", "keep_every", "logs")  # on what a run computes
 
 
 @dataclass
 class Options:
-    """The options that all training scripts share."""
+    """The options that all training scripts share. Raises UserError for a value out of bounds."""
 
-    out: str = "out/run"  # folder to write; an earlier run there is replaced
-    resume: bool = False  # go on from the last checkpoint in that folder
-    seed: int = 0  # of the initialisation, the data order and the sampling
+    out: str = "out/run"  # folder to write
+    overwrite: bool = False  # replace the run that is in that folder
+    resume: bool = False  # continue from the last checkpoint in that folder
+    seed: int = 0  # seed of the initialisation, the data order and the sampling
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # of the computation, weights stay fp32: fp32, bf16, fp16 or auto (the best on CUDA, else fp32)
-    compile: bool = True  # torch.compile the blocks and the cross-entropy; on CUDA only
+    dtype: str = "auto"  # precision of the computation: fp32, bf16, fp16 or auto (the best on CUDA, else fp32);
+    # weights stay fp32
+    compile: bool = True  # torch.compile the blocks and the cross-entropy (on CUDA only)
     log_every: int = 10  # steps between two lines of metrics.jsonl
     save_every: int = 200  # steps between two checkpoints
     keep_every: int = 0  # steps between two copies of the model that are kept, in step-N of the folder; 0: none
-    logs: str = ""  # tensorboard: write the metrics for it too, into tensorboard of the folder
+    logs: str = ""  # tensorboard: write the metrics for tensorboard too, into the folder's tensorboard/
 
+    def __post_init__(self):
+        at_least(self, 1, "log_every", "save_every")
+        at_least(self, 0, "seed", "keep_every")
+        if self.dtype not in ("auto", *DTYPES):
+            raise UserError(f"--dtype must be auto or one of {', '.join(DTYPES)}, not {self.dtype}")
+        if self.logs not in ("", "tensorboard"):
+            raise UserError(f"--logs must be tensorboard or nothing, not {self.logs}")
+        if self.logs and importlib.util.find_spec("tensorboard") is None:
+            raise UserError('--logs tensorboard needs a package: pip install tensorboard (or "nanopost[logs]")')
 
-# -------------------------------------------------------------------------------------------- optimizer and schedule
+    def keep_apart(self, *names: str):
+        """Raises UserError if the folder to write is, or contains as a kept copy, one that the run starts from."""
+        for name in names:
+            folder = getattr(self, name)
+            path = os.path.realpath(folder)
+            if os.path.isdir(folder) and os.path.realpath(self.out) in (path, os.path.dirname(path)):
+                raise UserError(f"--out {self.out} would overwrite --{name} {folder}; give another --out")
 
 
 def adamw(parameters, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
     """AdamW, fused; weight decay on matrices only, not on biases and LayerNorm gains."""
     parameters = [p for p in parameters if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    matrices = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay}
+    vectors = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
+    return torch.optim.AdamW([matrices, vectors], lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def schedule(step: int, total: int, warmup: int = 0) -> float:
-    """The learning rate's factor at step 0..total-1: linear warm-up to 1, then linear decay, which would reach 0 at
-    step `total`."""
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return (total - step) / max(1, total - warmup)
-
-
-# ------------------------------------------------------------------------------------------------------------- a run
-
-
-def find_device(name: str) -> torch.device:
-    """The device called so; auto is the first GPU if there is one. UserError if it is not to be had."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # CUDA graphs are captured on the current one
-        torch.backends.cuda.enable_cudnn_sdp(False)  # its attention plans anew for every new shape, and takes its time
-    return device
+    """The learning rate's factor at step 1..total: linear warm-up to 1, then linear decay, which would reach 0 at step
+    total + 1."""
+    if step <= warmup:
+        return step / (warmup + 1)
+    return (total - step + 1) / max(1, total - warmup)
 
 
 class Run:
-    """One training run: `for step in run.steps()` with everything around it.
-
-    The scripts call, in this order: Run(...), begin(...), then in the loop autocast(), backward(), update(), log(),
-    and finish() at the end.
-    """
+    """One training run: device, precision, seed, processes, and its folder. Raises UserError if the folder holds a run
+    and neither --overwrite nor --resume is given."""
 
     def __init__(self, method: str, options: Options):
-        self.method, self.options = method, options
+        self.method = method
+        self.options = options
+        self.info = {"method": method, "arguments": dataclasses.asdict(options)}
         device, self.rank, self.world = distributed.start(options.device)
         self.device = find_device(device)
-        cuda = self.device.type == "cuda"
-        best = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "fp32"
-        if options.dtype not in ("auto", *DTYPES):
-            raise UserError(f"--dtype must be auto or one of {', '.join(DTYPES)}, not {options.dtype}")
-        self.dtype = DTYPES[best if options.dtype == "auto" else options.dtype]
-        if options.logs not in ("", "tensorboard"):
-            raise UserError(f"--logs must be tensorboard or nothing, not {options.logs}")
-        if options.logs and importlib.util.find_spec("tensorboard") is None:
-            raise UserError('--logs tensorboard needs a package: pip install tensorboard (or "nanopost[logs]")')
-        positive = "log_every", "save_every", "eval_every", "batch_size", "minibatches", "max_new_tokens", "kl_horizon"
-        others = "seed", "micro_batch", "lr", "weight_decay", "keep_every"
-        for name, bound in (dict.fromkeys(positive, 1) | dict.fromkeys(others, 0)).items():
-            if getattr(options, name, bound) < bound:
-                raise UserError(f"--{name.replace('_', '-')} must be at least {bound}")
-        shares = dict.fromkeys(("gamma", "lam"), (0, 1)) | dict.fromkeys(("beta", "clip", "value_clip"), (0, math.inf))
-        for name, (low, high) in (shares | {"label_smoothing": (0, 0.499)}).items():
-            if not low <= getattr(options, name, low) <= high:
-                raise UserError(f"--{name.replace('_', '-')} must be between {low} and {high}")
-        for name in ("init", "reward", "critic"):
-            folder, out = getattr(options, name, ""), os.path.realpath(options.out)
-            if os.path.isdir(folder) and out in (path := os.path.realpath(folder), os.path.dirname(path)):  # a copy
-                raise UserError(f"--out and --{name} are {options.out} and {folder}; a run may not overwrite what it "
-                                "starts from")
-        self.compiling, self.functions = options.compile and cuda, {}
+        self.dtype = DTYPES[best_dtype(self.device) if options.dtype == "auto" else options.dtype]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.folder = Folder(options.out, writes=self.rank == 0)
+        if not (options.resume or options.overwrite):
+            self.folder.refuse_earlier_run()
+        self.metrics = Metrics(options.out, self.info, bool(options.logs), silent=self.rank > 0)
         torch.set_float32_matmul_precision("high")  # TF32 where there are tensor cores
         torch.manual_seed(options.seed)
-        self.bar, self.started, self.start, self.norm = None, time.time(), 0, 0.0
-        self.fresh, self.metrics = False, Metrics(options.out, bool(options.logs), silent=self.rank > 0)
-
-    def path(self, name: str) -> str:
-        return os.path.join(self.options.out, name)
+        self.bar = None
+        self.started = time.time()
+        self.grad_norm = 0.0
 
     def print(self, text: str):
         tqdm.write(text)
 
-    # -- precision
+    # -- one optimizer step
+
+    def compile(self, *models):
+        """Compiles the blocks and the cross-entropy of these models, on CUDA only."""
+        if not self.options.compile or self.device.type != "cuda":
+            return
+        nll = torch.compile(token_nll, dynamic=True)
+        for model in models:
+            model.nll = nll
+            for block in model.h:  # block by block: they share their graphs
+                block.compile()
 
     def autocast(self):
         """Compute in bf16 or fp16 where that is set; weights, optimizer and log-probabilities stay fp32."""
@@ -139,176 +125,155 @@ class Run:
     def backward(self, loss: torch.Tensor):
         self.scaler.scale(loss).backward()
 
-    def update(self, optimizer, grad_clip: float) -> torch.Tensor:
-        """Clips the gradient's norm, makes the optimizer's step, clears the gradients; returns the norm."""
+    def optimizer_step(self, optimizer, grad_clip: float) -> torch.Tensor:
+        """Clips the gradient's norm (0: no limit), makes the step, clears the gradients. Returns the norm."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        distributed.add_gradients(parameters)
+        distributed.all_reduce_gradients(parameters)
         self.scaler.unscale_(optimizer)
-        norm = self.norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, grad_clip if grad_clip > 0 else math.inf)
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return norm
+        return self.grad_norm
 
-    # -- several processes: each works on its share of a batch, and what it computes is added up
+    # -- several processes: each works on its share of a batch, and the results are added up
 
     def shard(self, rows):
         return distributed.shard(rows)
 
-    def sum(self, stats: dict) -> dict:
-        return distributed.add_up(stats, self.device)
+    def all_reduce(self, stats: dict) -> dict:
+        return distributed.all_reduce(stats, self.device)
 
-    def gather(self, x):
-        return distributed.gather(x, self.device)
+    def all_gather(self, x):
+        return distributed.all_gather(x)
 
     # -- the loop
 
-    def begin(self, modules: dict, optimizer, tokenizer: Tokenizer, total: int, **extra) -> bool:
-        """Call when all inputs are loaded: makes the folder, or with --resume takes up the last checkpoint.
+    def start(self, modules: dict, optimizer, tokenizer, state: dict | None = None, save_head: bool = True):
+        """Makes the folder or, with --resume, restores the last checkpoint. Returns the number of steps already made,
+        or None if the run to resume is finished. Call it when all inputs are loaded.
 
-        `modules` {name: model} are what is trained; the one called "model" is what finish() saves. `extra` are numbers
-        that may change from step to step: `run.extra`, saved and restored. Returns False if there is nothing to do,
-        because the run to resume is finished.
+        modules {name: model} are trained; the one called "model" is saved, with its scalar head if save_head. `state`
+        is the script's own dict of numbers that change from step to step: checkpointed, and restored in place.
         """
+        self.modules = modules
+        self.optimizer = optimizer
+        self.state = {} if state is None else state
+        self.save_model = lambda name: self.folder.save(name, modules["model"], tokenizer, self.info, save_head)
+        os.makedirs(self.options.out, exist_ok=True)
+        saved = self.folder.restore() if self.options.resume else None
+        self.fresh = saved is None
+        if self.options.resume and self.fresh:
+            if self.folder.finished():
+                self.print(f"{self.options.out} is finished: nothing to resume")
+                return None
+            self.print(f"there is nothing to resume in {self.options.out}: starting from the beginning")
+        first = self.restore(saved) if saved else 0
+        distributed.broadcast(modules)
+        return first
+
+    def steps(self, first: int, total: int):
+        """The steps still to make, first + 1 ... total, with a progress bar."""
         if total < 1:
             raise UserError(f"there is no step to make ({total}); check --steps, --epochs and the data")
-        self.modules, self.optimizer, self.tokenizer = modules, optimizer, tokenizer
-        self.total, self.extra = total, extra
-        os.makedirs(self.options.out, exist_ok=True)
-        state = self.path("state.pt")
-        if self.options.resume and os.path.exists(state):
-            self.restore(state)
-        elif self.options.resume and os.path.exists(self.path("config.json")):
-            self.print(f"{self.options.out} is finished: nothing to resume")
-            return False
-        else:  # a fresh run: what an earlier one left here no longer counts
-            if self.options.resume:
-                self.print(f"there is nothing to resume in {self.options.out}: starting from the beginning")
-            self.fresh = True
-            self.metrics.hold()  # until `replace`
-        distributed.same_start(modules)
-        if self.compiling:
-            for model in modules.values():
-                model.nll = self.compiled(token_nll)
-                for block in model.h:  # block by block: they share their graphs
-                    block.compile()
-        return True
-
-    def compiled(self, function):
-        """The function, compiled once where compiling is on; for tensors of any length."""
-        if not self.compiling:
-            return function
-        if function not in self.functions:
-            self.functions[function] = torch.compile(function, dynamic=True)
-        return self.functions[function]
-
-    def steps(self):
-        """The steps still to do, 0..total-1, with a progress bar and a checkpoint every save_every steps."""
-        total = self.total
-        parameters = sum(p.numel() for p in self.modules["model"].parameters())
-        many = f" x {self.world}" if self.world > 1 else ""
-        self.print(f"{self.method}: {total} steps on {self.device}{many}, {str(self.dtype)[6:]}, "
-                   f"{torch.get_num_threads()} threads, {parameters / 1e6:.2f}M parameters -> {self.options.out}")
-        self.bar = tqdm(total=total, initial=self.start, desc=self.method, disable=self.rank > 0 or None,
-                        dynamic_ncols=True)
-        for step in range(self.start, total):
-            yield step
-            if self.fresh:
-                self.replace()
-            self.bar.update()
-            keep = self.options.keep_every and (step + 1) % self.options.keep_every == 0
-            checkpoint = (step + 1) % self.options.save_every == 0 and step + 1 < total
-            if keep or checkpoint:
-                self.check({"grad_norm": float(self.norm)}, step + 1)
-            if keep:
-                self.save(self.path(f"step-{step + 1}"))  # before the checkpoint: resuming there will not make it again
-            if checkpoint:
-                self.checkpoint(step + 1)
-        self.bar.close()
-
-    def replace(self):
-        """What an earlier run left in the folder goes when the new one has made its first step, not before: a mistake
-        that shows at once costs nothing."""
-        self.fresh = False
-        if not self.rank:
-            for name in ("state.pt", "config.json", "metrics.jsonl"):
-                if os.path.exists(self.path(name)):
-                    os.remove(self.path(name))
-            for folder in ["tensorboard", *glob.glob("step-[0-9]*", root_dir=self.options.out)]:
-                shutil.rmtree(self.path(folder), ignore_errors=True)
-        self.metrics.release()
+        self.total = total
+        size = sum(p.numel() for p in self.modules["model"].parameters()) / 1e6
+        devices = f"{self.device} x {self.world}" if self.world > 1 else f"{self.device}"
+        precision = f"{str(self.dtype)[6:]}, {torch.get_num_threads()} threads, {size:.2f}M parameters"
+        self.print(f"{self.method}: {total} steps on {devices}, {precision} -> {self.options.out}")
+        off = self.rank > 0 or None  # None: only where the output is no terminal
+        steps = range(first + 1, total + 1)
+        self.bar = tqdm(steps, self.method, total, initial=first, disable=off, dynamic_ncols=True)
+        return self.bar
 
     def due(self, step: int, every: int) -> bool:
         """Whether something that happens every so many steps happens after this one; the last step counts."""
-        return (step + 1) % every == 0 or step + 1 == self.total
+        return step % every == 0 or step == self.total
 
     def log(self, step: int, metrics: dict):
-        """Appends a line to metrics.jsonl: what Metrics.add says.
-
-        Tensors are read here, so call it only when due. Raises UserError as check() does.
-        """
+        """Adds a line to metrics.jsonl. Tensors are read here, so call it only when due. Raises UserError for a loss or
+        a gradient that is not finite."""
         metrics = {name: float(value) for name, value in metrics.items()}
-        self.check(metrics, step)
+        self.check_finite(metrics, step)
         self.metrics.add(step, time.time() - self.started, metrics)
         if self.bar is not None and not self.bar.disable:
             self.bar.set_postfix({name.split("/")[-1]: f"{v:.3g}" for name, v in list(metrics.items())[:4]})
 
-    def check(self, metrics: dict[str, float], step: int):
-        """Raises UserError when the loss or the gradient is not a finite number (fp16: the scaler sees to those)."""
-        for name, value in metrics.items():
-            if ("loss" in name or name == "grad_norm" and not self.scaler.is_enabled()) and not math.isfinite(value):
-                raise UserError(f"{name} is {value} at step {step}: lower --lr, or look for a bad record in the data")
+    def save(self, step: int):
+        """Writes what is due after this step: the metrics, a checkpoint, a copy of the model that is kept.
 
-    # -- checkpoints
+        The first call deletes an earlier run's files: by then the first step has succeeded, so an immediate failure
+        costs nothing. A copy comes before the checkpoint: a run resumed from there will not make it again.
+        """
+        if self.fresh:
+            self.folder.remove_earlier_run()
+            self.fresh = False
+        self.metrics.flush()
+        keep = self.options.keep_every and step % self.options.keep_every == 0
+        checkpoint = step % self.options.save_every == 0 and step < self.total
+        if keep or checkpoint:
+            self.check_finite({"grad_norm": float(self.grad_norm)}, step)
+        if keep:
+            self.save_model(f"step-{step}")
+        if checkpoint:
+            self.folder.checkpoint(self.everything(step))
+
+    def finish(self):
+        """Writes the finished model, then removes the state to resume from."""
+        self.save_model("")
+        self.folder.remove_state()
+        self.print(f"wrote {self.options.out} after {time.time() - self.started:.0f} s")
+        distributed.barrier()
+
+    # -- inside
+
+    def check_finite(self, metrics: dict[str, float], step: int):
+        for name, value in metrics.items():
+            scaled = name == "grad_norm" and self.scaler.is_enabled()  # the scaler handles fp16's overflows
+            if ("loss" in name or name == "grad_norm") and not scaled and not math.isfinite(value):
+                raise UserError(f"{name} is {value} at step {step}: lower --lr, or look for a bad record in the data")
 
     def arguments(self) -> dict:
         """The options that decide what a run computes."""
-        others = "resume", "out", "compile", "log_every", "keep_every", "logs"
-        return {name: value for name, value in dataclasses.asdict(self.options).items() if name not in others}
+        return {name: value for name, value in self.info["arguments"].items() if name not in WITHOUT_EFFECT}
 
-    def checkpoint(self, step: int):
-        """Everything that the rest of the run depends on, in one file: it is the old one or the new one, never half."""
-        if self.rank:
-            return
-        state = {
-            "step": step, "arguments": self.arguments(), "extra": self.extra,
+    def everything(self, step: int) -> dict:
+        """All that the rest of the run depends on, for a checkpoint."""
+        return {
+            "step": step,
+            "arguments": self.arguments(),
+            "state": self.state,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
-            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "rng": torch.get_rng_state(), "seconds": time.time() - self.started,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "seconds": time.time() - self.started,
         }
-        with atomic(self.path("state.pt"), "wb") as f:
-            torch.save(state, f)
 
-    def restore(self, path: str):
-        state = load_file(path)
+    def restore(self, saved: dict) -> int:
+        """Takes up a checkpoint; returns its step. Raises UserError if it was made with other options."""
         for name, value in self.arguments().items():
-            if state["arguments"].get(name) != value:
-                raise UserError(f"--resume: {self.options.out} was started with {name} = "
-                                f"{state['arguments'].get(name)}, not {value}; give the same options")
+            before = saved["arguments"].get(name)
+            if before != value:
+                what = f"{self.options.out} was started with {name} = {before}, not {value}"
+                raise UserError(f"--resume: {what}; give the same options")
         for name, module in self.modules.items():
-            module.load_state_dict(state["modules"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
-        if state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
-        self.start, self.extra = state["step"], state["extra"]
-        self.started = time.time() - state["seconds"]
-        self.metrics.cut(self.start)
-        self.print(f"resuming {self.options.out} after step {self.start}")
+            module.load_state_dict(saved["modules"][name])
+        self.state.update(saved["state"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["rng"])
+        if saved["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
+        self.started = time.time() - saved["seconds"]
+        self.metrics.truncate(saved["step"])
+        self.print(f"resuming {self.options.out} after step {saved['step']}")
+        return saved["step"]
 
-    def save(self, folder: str):
-        """Writes the model as a folder of its own. Only a reward model keeps its scalar head."""
-        if self.rank:
-            return
-        info = {"method": self.method, "arguments": dataclasses.asdict(self.options)}
-        save_model(folder, self.modules["model"], self.tokenizer, info, head=self.method == "rm")
 
-    def finish(self):
-        """Writes the finished folder, then removes the state to resume from."""
-        self.save(self.options.out)
-        if os.path.exists(self.path("state.pt")) and not self.rank:
-            os.remove(self.path("state.pt"))
-        self.print(f"wrote {self.options.out} after {time.time() - self.started:.0f} s")
-        distributed.wait()
+def best_dtype(device: torch.device) -> str:
+    """bf16 where the GPU computes in it, else fp16; fp32 on everything else."""
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

@@ -7,18 +7,16 @@ The encoding is a tiktoken `Encoding`: byte-level BPE ranks from a file in tikto
 tokens take the ids after the vocabulary's own. Text goes through `encode_ordinary`, so a text that contains "<|end|>"
 stays text: no input can inject a special token.
 
-    python -m nanopost.tokenizer --show data/notes/sft_train.jsonl      shows in colour what the loss is on
+    nanopost show data/notes/sft_train.jsonl      shows in colour what the loss is on
 """
 
 import base64
 import binascii
 import os
-import sys
-from dataclasses import dataclass
 
 import tiktoken
 
-from nanopost.config import UserError, cli
+from nanopost.config import UserError
 
 # GPT-2's split pattern: contractions, words, numbers, punctuation (each with its leading space), other white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -68,7 +66,7 @@ class Tokenizer:
         return ids, mask
 
     def prompt(self, messages: list[dict]) -> list[int]:
-        """ids of a conversation that waits for the assistant's answer: it ends with <|assistant|>."""
+        """The ids of a conversation up to the assistant's answer: it ends with <|assistant|>."""
         return self.chat(messages)[0] + [self.assistant]
 
     def write(self, f):
@@ -83,8 +81,10 @@ def load_tokenizer(name: str) -> Tokenizer:
         try:
             return Tokenizer(tiktoken.get_encoding("gpt2")._mergeable_ranks)
         except Exception as error:  # whatever the network layer raises
-            raise UserError("the gpt2 vocabulary is neither in tiktoken's cache (TIKTOKEN_CACHE_DIR) nor could it be "
-                            f"downloaded ({type(error).__name__}); go online once or give a file of ranks") from None
+            raise UserError(
+                "the gpt2 vocabulary is neither in tiktoken's cache (TIKTOKEN_CACHE_DIR) nor could it be "
+                f"downloaded ({type(error).__name__}); go online once or give a file of ranks"
+            ) from None
     if not os.path.isfile(name):
         hint = "; python data/notes/prepare.py writes it" if name == DEFAULT_VOCAB else ""
         raise UserError(f"no vocabulary at {name}{hint}")
@@ -99,34 +99,3 @@ def load_tokenizer(name: str) -> Tokenizer:
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([i]) in ranks for i in range(256)):
         raise UserError(f"{name}: the ranks must be 0, 1, 2, ... with the 256 single bytes among them")
     return Tokenizer(ranks)
-
-
-def paint(tokenizer: Tokenizer, ids, mask, colour=True) -> str:
-    """The record as text, special tokens written out; targets green (or, without colour, in [brackets])."""
-    on, off = ("\033[32m", "\033[0m") if colour else ("[", "]")
-    pieces, start = [], 0
-    for i in range(1, len(ids) + 1):  # runs of tokens that are all targets or all not
-        if i == len(ids) or mask[i] != mask[start]:
-            pieces.append((mask[start], tokenizer.decode(ids[start:i])))
-            start = i
-    return "".join(on + text + off if target else text for target, text in pieces)
-
-
-@dataclass
-class Config:
-    show: str = "data/notes/sft_train.jsonl"  # a file of records
-    vocab: str = DEFAULT_VOCAB  # a file of ranks, or gpt2
-    count: int = 5  # how many records
-
-
-def main(config: Config):
-    from nanopost.data import load_examples
-
-    tokenizer, colour = load_tokenizer(config.vocab), sys.stdout.isatty()
-    print(f"what the loss is on is {'green' if colour else 'in [brackets]'}\n")
-    for example in load_examples(config.show, tokenizer, limit=config.count):
-        print(paint(tokenizer, example.ids, example.mask, colour) + "\n")
-
-
-if __name__ == "__main__":
-    cli(main, Config)

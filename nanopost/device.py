@@ -1,0 +1,26 @@
+"""Where the computation runs: the device by its name, and copies to it."""
+
+import torch
+
+from nanopost.config import UserError
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name; auto is the first GPU if there is one. Raises UserError if it is unavailable."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a new, slow plan for every new shape
+    return device
+
+
+def to_device(x: torch.Tensor, device) -> torch.Tensor:
+    """Copies a host tensor to the device, asynchronously from pinned memory on CUDA."""
+    if torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

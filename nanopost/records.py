@@ -1,0 +1,82 @@
+"""A file of JSON Lines -> checked records. A malformed line stops the run with its file and line, and what to do."""
+
+import json
+import os
+
+from nanopost.config import UserError
+
+ROLES = ("user", "assistant", "system")
+
+
+def read_records(path: str):
+    """Yields (where, record) per line, where = "file:line". Raises UserError for a missing file and invalid JSON."""
+    if not os.path.isfile(path):
+        hint = "; python data/notes/prepare.py writes the embedded data" if path.startswith("data/notes/") else ""
+        raise UserError(f"no file {path}{hint}")
+    with open(path, "rb") as f:
+        yield from parse_records(path, f)
+
+
+def parse_records(path: str, lines):
+    """read_records for lines of bytes: an open file, or one that was unpacked."""
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError:
+            raise UserError(f"{path}:{n}: not UTF-8 text") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{n}: invalid JSON: {error.msg} at column {error.colno}") from None
+        if not isinstance(record, dict):
+            raise UserError(f'{path}:{n}: a record must be an object like {{"prompt": ...}}, not {line[:40]!r}')
+        yield f"{path}:{n}", record
+
+
+def conversation(where: str, record: dict, key: str, role: str) -> list[dict]:
+    """record[key], a string or a conversation, as a list of messages; a string becomes one turn of `role`.
+
+    Raises UserError unless every message has a known role and a text, and the last turn (of a prompt) or the first and
+    the last (of an answer) is of `role`. An empty answer is an error: it would teach the model to say nothing.
+    """
+    value = record[key]
+    if isinstance(value, str):
+        value = [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise UserError(f"{where}: {key} must be a string or a list of messages, not {json.dumps(value)[:40]}")
+    for message in value:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            shape = '{"role": ..., "content": text}'
+            raise UserError(f"{where}: {key}: a message must be {shape}, not {json.dumps(message)[:60]}")
+        if message.get("role") not in ROLES:
+            raise UserError(f"{where}: {key}: the role must be one of {', '.join(ROLES)}, not {message.get('role')!r}")
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise UserError(f"{where}: {key} is empty; remove the record or give it an answer")
+    if key == "prompt" and value[-1]["role"] != role:
+        raise UserError(f"{where}: {key} must end with a turn of the {role}")
+    if key not in ("prompt", "messages") and not value[0]["role"] == value[-1]["role"] == role:
+        raise UserError(f"{where}: {key} must begin and end with a turn of the {role}")
+    return value
+
+
+def with_prompt(where: str, pair: dict) -> dict:
+    """A pair whose prompt is inside its two conversations -> the same pair with prompt, chosen and rejected apart.
+
+    Raises UserError if the sides do not share all but their last turns, or are strings: two plain strings do not say
+    where the shared prompt ends.
+    """
+    require(where, pair, "chosen", "rejected")
+    if "prompt" in pair:
+        return pair
+    chosen, rejected = pair["chosen"], pair["rejected"]
+    if not (isinstance(chosen, list) and isinstance(rejected, list)):
+        raise UserError(f"{where}: prompt is missing; only chosen and rejected that are conversations may contain it")
+    if not chosen[:-1] or chosen[:-1] != rejected[:-1]:
+        raise UserError(f"{where}: prompt is missing, and chosen and rejected do not share all but their last turns")
+    return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+
+
+def require(where: str, record: dict, *keys: str):
+    for key in keys:
+        if key not in record:
+            raise UserError(f"{where}: needs {', '.join(keys)}; {key} is missing")
