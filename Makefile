@@ -1,22 +1,31 @@
-# make quickstart   sets up .venv and runs the whole pipeline on the embedded data (quickstart.sh)
+# make quickstart   sets up .venv and runs the whole pipeline on the embedded data (recipes/quickstart.sh)
 # make test         sets up .venv and runs the tests
-# make bench        sets up .venv and measures speed and memory; e.g. make bench BENCH="--size trl-small --against trl"
+# make lint         checks the code with ruff, and that it is formatted (`ruff format` formats it)
+# make bench        measures speed and memory; e.g. make bench BENCH="--size trl-small --against trl"
+# make results      runs what the documents quote and writes docs/results.md
 
 PYTHON ?= python3
 VENV = .venv/bin/python
 
 quickstart: .venv/installed
-	PYTHON=$(VENV) ./quickstart.sh
+	PYTHON=$(VENV) recipes/quickstart.sh
 
 test: .venv/installed
-	$(VENV) -m pytest
+	$(VENV) -m pytest -n auto
+
+lint: .venv/installed
+	$(VENV) -m ruff check
+	$(VENV) -m ruff format --check
 
 bench: .venv/installed
 	$(VENV) benchmarks/bench.py $(BENCH)
 
+results: .venv/installed
+	$(VENV) docs/results.py
+
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(VENV) -m pip install --quiet --editable ".[test,plot]"
+	$(VENV) -m pip install --quiet --editable ".[test,plot,dev]"
 	touch $@
 
-.PHONY: quickstart test bench
+.PHONY: quickstart test lint bench results

@@ -1,28 +1,26 @@
-"""GPT-2's weights in Hugging Face's layout, in and out: config.json and model.safetensors.
+"""GPT-2 in and Hugging Face out: the files are read and written by their library, transformers (the extra [hf]).
 
-The names of the tensors there are the ones here, usually behind "transformer.". Three things differ: GPT-2's Conv1D
-keeps a matrix as (in, out), nn.Linear as (out, in); a reward model's head is called score and has no bias; and the
-embedding has no rows to spare, while the chat tokens need some.
+The tensors have the same names there as here, after the prefix "transformer.". Three things differ: GPT-2's Conv1D
+stores a matrix as (in, out), nn.Linear as (out, in); a reward model's head is called score and has no bias; and the
+embedding has no spare rows, which the chat tokens need.
 """
 
-import dataclasses
-import glob
-import importlib
 import json
 import os
+import textwrap
+from pathlib import Path
 
 import torch
 
 from nanopost.config import UserError
-from nanopost.model import GPT, GPTConfig
-from nanopost.tokenizer import CHAT_TOKENS, Tokenizer, load_tokenizer
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # 124M, 355M, 774M and 1.5B parameters
 OWNER = "openai-community/"
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out)
-UNUSED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # causal masks, and the embedding's matrix once more
-# Fields of config.json that change what is computed, with the values that mean what model.py does; GPT-2's own first.
+UNUSED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # causal masks, and a copy of the embedding
+# Fields of config.json that the computation depends on, with the values that agree with model.py.
 COMPUTATION = {
+    "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
@@ -33,167 +31,101 @@ COMPUTATION = {
 }
 
 
-def extra(module: str):
-    """An optional package's module. UserError with the way to install it if it is not there."""
+def import_transformers():
+    """The library, silenced. Raises UserError, with the command that installs it, if it is missing."""
     try:
-        return importlib.import_module(module)
+        import huggingface_hub
+        import transformers
     except ImportError:
-        raise UserError(f"{module.split('.')[0]} is not installed; pip install \"nanopost[hf]\" "
-                        "(in a checkout: pip install -e \".[hf]\")") from None
-
-
-# --------------------------------------------------------------------------------------------------------------- in
+        hint = 'pip install "nanopost[hf]" (in a checkout: pip install -e ".[hf]")'
+        raise UserError(f"transformers is not installed; {hint}") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # of downloads
+    return transformers
 
 
 def is_pretrained(name: str) -> bool:
-    """Whether it is one of GPT-2's names or a folder in Hugging Face's layout (not one that a run here wrote)."""
+    """Whether this is one of GPT-2's names or a folder in Hugging Face's layout, not one that a run here wrote."""
     if not os.path.isdir(name):
         return name.removeprefix(OWNER) in NAMES
     try:
-        with open(os.path.join(name, "config.json"), encoding="utf-8") as f:
-            return "model_type" in json.load(f)
+        return "model_type" in json.loads(Path(name, "config.json").read_text("utf-8"))
     except (OSError, ValueError, TypeError):
         return False
 
 
-def find_folder(name: str) -> str:
-    """`name` if it is a folder; for one of GPT-2's names the folder of its download, in Hugging Face's cache."""
-    if os.path.isdir(name):
-        return name
-    if not is_pretrained(name):
+def load(kind: str, name: str, **options):
+    """transformers.kind.from_pretrained, from a folder or by GPT-2's name. UserError for whatever goes wrong."""
+    loader = getattr(import_transformers(), kind)
+    local = os.path.isdir(name)
+    if not local and not is_pretrained(name):
         raise UserError(f"no folder {name}, and it is none of {', '.join(NAMES)}")
-    extra("safetensors.torch")  # without it there is no use in a download
-    hub, repository = extra("huggingface_hub"), OWNER + name.removeprefix(OWNER)
     try:
-        paths = [hub.hf_hub_download(repository, file) for file in ("config.json", "model.safetensors")]
-    except Exception as error:  # whatever the network layer raises
-        raise UserError(f"{repository} is neither in Hugging Face's cache nor could it be downloaded "
-                        f"({type(error).__name__}); go online once or give a local folder") from None
-    return os.path.dirname(paths[0])
+        return loader.from_pretrained(name if local else OWNER + name.removeprefix(OWNER), **options)
+    except Exception as error:  # a broken file and the network can raise anything
+        hint = "" if local else "; go online once, to get it into Hugging Face's cache, or give a local folder"
+        raise UserError(f"{name} cannot be read: {textwrap.shorten(str(error), 200)}{hint}") from None
 
 
-def read_config(folder: str) -> GPTConfig:
-    """The sizes of the model in the folder. UserError unless model.py computes exactly what its config.json describes.
+def read_config(name: str):
+    """The model's GPT2Config (of transformers). Raises UserError unless model.py computes what it describes."""
+    config = load("AutoConfig", name, num_labels=1, trust_remote_code=False)
+    for field, values in {**COMPUTATION, "n_inner": (None, 4 * getattr(config, "n_embd", 0))}.items():
+        if (value := getattr(config, field, values[0])) not in values:
+            only = " or ".join(map(repr, values))
+            raise UserError(f"{name}/config.json: {field} is {value!r}; nanopost's model supports only {only}")
+    return config
 
-    Dropout is 0, not the 0.1 of GPT-2's own pretraining: with it, two log-probabilities of an answer would differ.
+
+def read(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(GPTConfig's fields, the tensors by our names) of a GPT-2, by its name or from a folder.
+
+    GPT2ForSequenceClassification with one label becomes a model with a scalar head. Dropout is 0, not the 0.1 of
+    GPT-2's pretraining: with dropout, two log-probabilities of one answer would differ. Nothing is unpickled, and no
+    code from the folder is run. Raises UserError for anything that is missing, broken or unknown to model.py.
     """
-    path = os.path.join(folder, "config.json")
-    try:
-        with open(path, encoding="utf-8") as f:
-            config = json.load(f)
-    except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("model_type") != "gpt2":
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        raise UserError(f"{path}: model_type is {kind!r}; only gpt2 can be read")
-    for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
-        if type(config.get(name)) is not int:
-            raise UserError(f"{path}: {name} must be a whole number, not {config.get(name)!r}")
-    for name, values in {**COMPUTATION, "n_inner": (None, 4 * config["n_embd"])}.items():
-        if config.get(name, values[0]) not in values:
-            raise UserError(f"{path}: {name} is {config[name]!r}; nanopost's model computes only with "
-                            + " or ".join(map(repr, values)))
-    try:  # positions beyond a multiple of 8 are left out: rows of a batch are padded to one
-        return GPTConfig(config["vocab_size"], config["n_positions"] // 8 * 8, config["n_layer"], config["n_head"],
-                         config["n_embd"])
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-
-
-def read_tensors(folder: str) -> dict[str, torch.Tensor]:
-    """Everything in model.safetensors, or in its parts model-00001-of-00002.safetensors ..., but UNUSED."""
-    load_file, path = extra("safetensors.torch").load_file, os.path.join(folder, "model.safetensors")
-    parts = sorted(glob.glob(os.path.join(glob.escape(folder), "model-*-of-*.safetensors")))
-    paths = [path] if os.path.exists(path) else parts
-    if not paths:
-        raise UserError(f"{folder} has no model.safetensors")
-    tensors = {}
-    for path in paths:
-        try:
-            tensors |= load_file(path)
-        except Exception as error:  # a broken file, whatever is wrong with it
-            raise UserError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from None
-    return {name.removeprefix("transformer."): t for name, t in tensors.items() if not name.endswith(UNUSED)}
+    config = read_config(name)
+    reward = config.architectures == ["GPT2ForSequenceClassification"]
+    kind = "GPT2ForSequenceClassification" if reward else "GPT2Model"
+    options = dict(dtype=torch.get_default_dtype(), use_safetensors=True, ignore_mismatched_sizes=True)
+    model, info = load(kind, name, config=config, output_loading_info=True, **options)
+    for what in ("missing", "unexpected", "mismatched"):
+        if keys := [key for key in map(str, info[f"{what}_keys"]) if not key.endswith(UNUSED)]:
+            raise UserError(f"{name}: model.safetensors does not fit config.json: {what} {min(keys)}")
+    state = {key.removeprefix("transformer."): tensor for key, tensor in model.state_dict().items()}
+    state |= {key: tensor.t() for key, tensor in state.items() if key.endswith(CONV1D)}
+    if reward:
+        state |= {"head.weight": state.pop("score.weight"), "head.bias": torch.zeros(1)}
+    positions = config.n_positions // 8 * 8  # rows of a batch are padded to a multiple of 8
+    state["wpe.weight"] = state["wpe.weight"][:positions]
+    sizes = {field: getattr(config, field) for field in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    return {**sizes, "block_size": positions, "scalar_head": reward}, state
 
 
 def add_rows(wte: torch.Tensor, count: int) -> torch.Tensor:
-    """wte (V, C) -> (V + count, C): rows for new tokens, the mean row plus a tenth of the rows' own spread as noise.
+    """wte (V, C) -> (V + count, C): new tokens start at the mean row plus noise with a tenth of the rows' own spread.
 
-    The mean row gets the mean of all logits, so a new token starts with at most 1/V of the probability (exp is convex)
-    and what the model knew is left as it was; a random row could start as the likeliest token of all. The noise, from a
-    generator of its own and so always the same, makes the new tokens different from each other.
+    The mean row's logit is the mean of all logits, so its probability is at most 1/V (exp is convex); a random row
+    could be the likeliest token of all. The noise makes the tokens differ. It is the same at every call.
     """
     noise = torch.randn(count, wte.shape[1], generator=torch.Generator().manual_seed(0), dtype=wte.dtype)
     return torch.cat([wte, wte.mean(0) + 0.1 * wte.std(0, correction=0) * noise])
 
 
-def from_pretrained(name: str, new_tokens: int = 0) -> GPT:
-    """GPT.from_pretrained: a GPT-2 by its name or from a folder, with `new_tokens` more tokens than it has there.
+def to_huggingface(model) -> dict[str, torch.Tensor]:
+    """A GPT's tensors with Hugging Face's names and shapes, on the CPU; only real tokens have a row.
 
-    GPT2ForSequenceClassification with one label becomes a model with a scalar head. Raises UserError, with the folder,
-    for anything that is missing, broken, of another shape or not known to model.py.
+    Their scalar head w has no bias, so ours, b, moves into the bias of the last LayerNorm, which only the head reads:
+    w (h + b w / |w|^2) = w h + b. Raises UserError for a head of zeros, which has no such direction.
     """
-    folder = find_folder(name)
-    config, tensors = read_config(folder), read_tensors(folder)
-    vocab_size, reward = config.vocab_size, "score.weight" in tensors
-    model = GPT(dataclasses.replace(config, vocab_size=vocab_size + new_tokens, scalar_head=reward))
-    expected = {}  # name there -> (name here, shape there)
-    for own, tensor in model.state_dict().items():
-        shape = tuple(tensor.shape[::-1] if own.endswith(CONV1D) else tensor.shape)
-        expected[own.replace("head.weight", "score.weight")] = own, shape
-    expected.pop("head.bias", None)
-    expected["wte.weight"] = "wte.weight", (vocab_size, config.n_embd)
-    if different := sorted(expected.keys() ^ tensors.keys()):
-        what = "lacks the tensor" if different[0] in expected else "has an unknown tensor"
-        raise UserError(f"{folder}: model.safetensors {what} {different[0]}")
-    state = {"head.bias": torch.zeros(1)} if reward else {}
-    for there, (own, shape) in expected.items():
-        tensor = tensors[there].to(model.wte.weight.dtype)
-        if there == "wpe.weight" and tensor.dim() == 2:
-            tensor = tensor[: len(tensor) // 8 * 8]
-        if tensor.shape != shape:
-            raise UserError(f"{folder}: {there} has shape {tuple(tensor.shape)}; config.json says {shape}")
-        state[own] = tensor.t() if own.endswith(CONV1D) else tensor
-    state["wte.weight"] = add_rows(state["wte.weight"], model.config.rows - vocab_size)
-    model.load_state_dict(state)
-    return model
-
-
-def load_pretrained(name: str) -> tuple[GPT, Tokenizer]:
-    """A GPT-2 and its tokenizer: vocab.tiktoken of the folder (nanopost.export leaves one there), else GPT-2's own.
-
-    A model that does not know the five chat tokens yet gets them. UserError if model and vocabulary do not fit.
-    """
-    folder = find_folder(name)
-    vocabulary = os.path.join(folder, "vocab.tiktoken")
-    vocabulary = vocabulary if os.path.exists(vocabulary) else "gpt2"
-    config, tokenizer = read_config(folder), load_tokenizer(vocabulary)
-    new_tokens = tokenizer.vocab_size - config.vocab_size
-    if new_tokens not in (0, len(CHAT_TOKENS)):
-        raise UserError(f"{folder} has {config.vocab_size} tokens, but the vocabulary {vocabulary} "
-                        f"{tokenizer.vocab_size - len(CHAT_TOKENS)} and {len(CHAT_TOKENS)} chat tokens")
-    return from_pretrained(folder, new_tokens), tokenizer
-
-
-# -------------------------------------------------------------------------------------------------------------- out
-
-
-def to_huggingface(model: GPT) -> dict[str, torch.Tensor]:
-    """The model's tensors in Hugging Face's names and shapes, on the CPU; only real tokens have a row.
-
-    Their scalar head has no bias, so ours, b, goes into the bias of the last LayerNorm, which nothing but the head w
-    reads: w (h + b w / |w|^2) = w h + b. Raises UserError for a head of zeros, which has no such direction.
-    """
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    state["wte.weight"] = state["wte.weight"][: model.config.vocab_size]
-    tensors = {f"transformer.{name}": (t.t() if name.endswith(CONV1D) else t).contiguous()
-               for name, t in state.items() if not name.startswith("head.")}
+    state = {f"transformer.{name}": tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state |= {name: tensor.t().contiguous() for name, tensor in state.items() if name.endswith(CONV1D)}
+    state["transformer.wte.weight"] = state["transformer.wte.weight"][: model.config.vocab_size]
     if model.head is not None:
-        w, b = state["head.weight"], state["head.bias"]  # (1, C), (1,)
+        w = state["score.weight"] = state.pop("transformer.head.weight")  # (1, C)
+        b = state.pop("transformer.head.bias")  # (1,)
         if not w.any():
-            raise UserError("the reward model's head is all zeros: it judges nothing, so there is nothing to export")
-        tensors["score.weight"] = w
-        tensors["transformer.ln_f.bias"] = tensors["transformer.ln_f.bias"] + (b * w / w.square().sum())[0]  # (C,)
-    return tensors
+            raise UserError("the reward model's head is all zeros: all scores are equal, there is nothing to export")
+        state["transformer.ln_f.bias"] = state["transformer.ln_f.bias"] + (b * w / w.square().sum())[0]  # (C,)
+    return state

@@ -1,4 +1,4 @@
-"""Instructions in Alpaca's format -> SFT records and prompts, and pairs where the file holds preferences too.
+"""Instructions in Alpaca's format -> SFT records and prompts, and pairs if the file has preferences too.
 
     python data/alpaca/prepare.py                                           downloads Stanford's 52,002 (23 MB)
     python data/alpaca/prepare.py --file instructions_with_preference.json  any file in this format
@@ -8,10 +8,14 @@ Lines. README.md says more.
 """
 
 import os
+import sys
 from dataclasses import dataclass
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # data/, for public.py
+from public import hold_out, load_rows, save, string_of
+
 from nanopost.config import UserError, cli
-from nanopost.prepare import Drop, convert, hold_out, load, save, text
+from nanopost.records import Drop, convert
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 PUBLISHED = 52_002  # records
@@ -21,22 +25,26 @@ PUBLISHED = 52_002  # records
 class Config:
     file: str = ""  # a local file; empty: download Stanford's
     out: str = os.path.dirname(os.path.abspath(__file__))  # folder for the files
-    valid: float = 0.05  # share of the prompts that is held out
+    valid: float = 0.05  # share of the prompts to hold out
+
+    def __post_init__(self):
+        if not 0 < self.valid < 1:
+            raise UserError(f"--valid must be between 0 and 1, not {self.valid}")
 
 
 def prompt(where: str, row: dict) -> str:
-    """The instruction and, after a blank line, the input, where there is one."""
-    instruction = text(where, row, "instruction")
+    """The instruction and, after a blank line, the input, if there is one."""
+    instruction = string_of(where, row, "instruction")
     if not instruction:
         raise Drop("without an instruction")
-    given = text(where, row, "input") if "input" in row else ""
-    if given.lower() in ("", "<noinput>", "<no input>"):  # the two marks occur in files of this format
+    given = string_of(where, row, "input") if "input" in row else ""
+    if given.lower() in ("", "<noinput>", "<no input>"):  # files of this format use both marks
         return instruction
     return f"{instruction}\n\n{given}"
 
 
 def demonstration(where: str, row: dict) -> dict:
-    record = {"prompt": prompt(where, row), "completion": text(where, row, "output")}
+    record = {"prompt": prompt(where, row), "completion": string_of(where, row, "output")}
     if not record["completion"]:
         raise Drop("with an empty output")
     return record
@@ -45,7 +53,7 @@ def demonstration(where: str, row: dict) -> dict:
 def preference(where: str, row: dict) -> dict:
     if not ("chosen" in row and "rejected" in row):
         raise Drop("without a chosen and a rejected answer")
-    chosen, rejected = text(where, row, "chosen"), text(where, row, "rejected")
+    chosen, rejected = string_of(where, row, "chosen"), string_of(where, row, "rejected")
     if not (chosen and rejected):
         raise Drop("with an empty answer")
     if chosen == rejected:
@@ -54,11 +62,10 @@ def preference(where: str, row: dict) -> dict:
 
 
 def main(config: Config):
-    if not 0 < config.valid < 1:
-        raise UserError("--valid must be between 0 and 1")
-    rows = list(load(URL, config.out, config.file, ("instruction", "output"), PUBLISHED))
+    rows = load_rows(URL, config.out, PUBLISHED, config.file)
     name = config.file or "Alpaca"
-    sft, pairs = convert(rows, demonstration, f"{name}: SFT"), []
+    sft = convert(rows, demonstration, f"{name}: SFT")
+    pairs = []
     if any("chosen" in row for _, row in rows):
         pairs = convert(rows, preference, f"{name}: pairs")
     save(config.out, hold_out(sft, config.valid), hold_out(pairs, config.valid))

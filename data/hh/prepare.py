@@ -9,14 +9,22 @@ answer. README.md says more.
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # data/, for public.py
+from public import demonstrations, load_rows, pair_of, save, string_of
+
 from nanopost.config import UserError, cli
-from nanopost.prepare import Drop, convert, demonstrations, load, save, text
+from nanopost.records import Drop, convert
 
 URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/{}/{}.jsonl.gz"
-PUBLISHED = {"helpful-base": (43_835, 2_354), "helpful-online": (22_007, 1_137), "harmless-base": (42_537, 2_312),
-             "helpful-rejection-sampled": (52_421, 2_749)}  # records of train and test
+PUBLISHED = {  # subset: records of train and of test
+    "helpful-base": (43_835, 2_354),
+    "helpful-online": (22_007, 1_137),
+    "helpful-rejection-sampled": (52_421, 2_749),
+    "harmless-base": (42_537, 2_312),
+}
 TURN = re.compile(r"\n\n(Human|Assistant):")
 ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -28,44 +36,39 @@ class Config:
     valid: str = ""  # the local test.jsonl or test.jsonl.gz that belongs to --file
     out: str = os.path.dirname(os.path.abspath(__file__))  # folder for the files
 
+    def __post_init__(self):
+        if self.subset not in PUBLISHED:
+            raise UserError(f"--subset must be one of {', '.join(PUBLISHED)}, not {self.subset}")
+        if bool(self.file) != bool(self.valid):
+            raise UserError("--file and --valid go together: the local train and test files of one subset")
+
 
 def conversation(dialogue: str) -> list[dict]:
     """The messages of a dialogue. Raises Drop unless Human and Assistant take turns and the Assistant comes last.
 
-    A dialogue in which someone speaks twice in a row is not repaired: such are rare, the two turns may be one text with
-    a "Human:" of its own in it or two messages, and a model that is trained on turns would learn to skip one.
+    A dialogue in which someone speaks twice in a row is dropped, not repaired. There are few, and nothing shows whether
+    the two turns are two messages or one text that quotes "Human:".
     """
-    before, *parts = TURN.split(dialogue)
+    before, *parts = TURN.split("\n\n" + dialogue)
     messages = [{"role": ROLES[speaker], "content": said.strip()} for speaker, said in zip(parts[::2], parts[1::2])]
     alternating = ["user", "assistant"] * max(1, len(messages) // 2)
     if before.strip() or [message["role"] for message in messages] != alternating:
         raise Drop("in which Human and Assistant do not take turns")
-    if not all(message["content"] for message in messages):
-        raise Drop("with an empty turn")
     return messages
 
 
 def preference(where: str, row: dict) -> dict:
-    """Split at the last turn of the Assistant: what is before is the prompt, and must be the same on both sides."""
-    sides = [text(where, row, side) for side in ("chosen", "rejected")]
-    (*prompt, chosen), (*other, rejected) = (conversation("\n\n" + side) for side in sides)
-    if prompt != other:
-        raise Drop("with two different prompts")
-    if chosen == rejected:
-        raise Drop("with two equal answers")
-    return {"prompt": prompt, "chosen": chosen["content"], "rejected": rejected["content"]}
+    """Split at the Assistant's last turn: everything before it is the prompt, and must be the same on both sides."""
+    chosen, rejected = string_of(where, row, "chosen"), string_of(where, row, "rejected")
+    return pair_of(conversation(chosen), conversation(rejected))
 
 
 def main(config: Config):
-    if config.subset not in PUBLISHED:
-        raise UserError(f"--subset must be one of {', '.join(PUBLISHED)}")
-    if bool(config.file) != bool(config.valid):
-        raise UserError("--file and --valid go together: the local train and test files of one subset")
     splits = []
     for split, file, published in zip(("train", "test"), (config.file, config.valid), PUBLISHED[config.subset]):
-        rows = load(URL.format(config.subset, split), config.out, file, ("chosen", "rejected"), published)
+        rows = load_rows(URL.format(config.subset, split), config.out, published, file)
         splits.append(convert(rows, preference, file or f"{config.subset} {split}"))
-    save(config.out, tuple(map(demonstrations, splits)), tuple(splits))
+    save(config.out, [demonstrations(pairs) for pairs in splits], splits)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,187 @@
+"""Measure policies on held-out prompts: one row per policy, with standard errors.
+
+    nanopost evaluate out/base out/sft out/dpo out/ppo --reference out/sft --reward out/rm \\
+        --gold data/notes/gold.py:score --prompts data/notes/prompts_eval.jsonl --pairs out/prefs/valid.jsonl
+
+gold        the mean true reward, which no training saw
+reward      the mean score of the reward model, which PPO was trained on
+win_rate    how often the answer beats the reference policy's answer to the same prompt by gold; a tie is half a win
+kl          KL(policy || reference), nats per answer: the mean of log pi(y|x) - log pi_ref(y|x) over sampled answers
+entropy     nats per answer: the mean of -log pi(y|x)
+length      tokens per answer, the end token included
+ended       share of answers that end by themselves
+distinct    distinct answers / answers
+"""
+
+import json
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanopost.checkpoint import atomic, load_model, same_vocabulary
+from nanopost.config import UserError, at_least
+from nanopost.data import Example, load_pairs, load_prompts, map_batches
+from nanopost.device import find_device
+from nanopost.records import read_records
+from nanopost.reward import call_reward, load_function, load_reward_model, score_examples
+from nanopost.sampling import sample_text
+
+FORMATS = dict(
+    gold=".2f", reward=".2f", win_rate=".1%", kl=".2f", entropy=".1f", length=".1f", ended=".1%", distinct=".1%"
+)
+
+
+@dataclass
+class Config:
+    policies: list[str]  # folders of the models to measure
+    reference: str = "out/sft"  # folder of the policy that KL and win rate refer to
+    reward: str = ""  # folder of a reward model; empty: no such column
+    gold: str = ""  # the true reward, a Python function: file.py:function; empty: no such columns
+    prompts: str = "data/notes/prompts_eval.jsonl"  # held-out prompts
+    pairs: str = ""  # held-out labelled pairs, to measure the reward model's accuracy
+    limit: int = 500  # use at most this many prompts
+    samples: int = 2  # answers per prompt
+    max_new_tokens: int = 80  # the longest answer, in tokens
+    temperature: float = 1.0  # sampling temperature; KL and entropy are unbiased only at 1
+    seed: int = 0  # seed for sampling
+    device: str = "auto"  # auto, cpu, cuda or mps
+    json: str = ""  # file for the report; empty: only print the table
+    since: float = 0.0  # start of the time that the report gives in seconds, as Unix time; 0: the start of this command
+    show: int = 3  # print the answers to this many prompts
+
+    def __post_init__(self):
+        at_least(self, 1, "limit", "samples", "max_new_tokens")
+        at_least(self, 0, "temperature", "show")
+        if self.pairs and not self.reward:
+            raise UserError("--pairs measures a reward model: give --reward")
+
+
+@torch.no_grad()
+def sequence_logprobs(model, answers: list[Example], batch_size: int = 64) -> torch.Tensor:
+    """log pi(y|x) of each answer: (N,) in nats, at temperature 1."""
+
+    def total(batch):
+        return model.logprobs(model(batch.ids), batch.ids, batch.index).cpu().double().sum(1)  # (B, T-1) -> (B,)
+
+    return map_batches(total, answers, batch_size, model.device)
+
+
+def measure(answers, logprobs, reference_logprobs, rewards=None, gold=None, reference_gold=None) -> dict:
+    """One value per answer (N,) for every column; its mean is the cell of the table. Log-probs in nats per answer."""
+    responses = [tuple(answer.response) for answer in answers]
+    copies = Counter(responses)
+    values = {"gold": gold, "reward": rewards, "kl": logprobs - reference_logprobs, "entropy": -logprobs}
+    values["length"] = [len(response) for response in responses]
+    values["ended"] = [answer.ended for answer in answers]
+    values["distinct"] = [1 / copies[response] for response in responses]  # sums to the number of distinct ones
+    if gold is not None:
+        ours, theirs = torch.tensor([gold, reference_gold], dtype=torch.float32)  # where rounding errors are ties
+        values["win_rate"] = 0.5 + 0.5 * (ours - theirs).sign()
+    present = [name for name in FORMATS if values.get(name) is not None]
+    return {name: torch.as_tensor(values[name], dtype=torch.float64) for name in present}
+
+
+def summary(values: dict[str, torch.Tensor], samples: int = 1) -> dict:
+    """{name: mean, name_stderr: standard error} of values for all prompts, `samples` times over."""
+    row = {}
+    for name, x in values.items():
+        x = x.view(samples, -1).mean(0)  # answers to one prompt are not independent: average them first
+        row[name] = x.mean().item()
+        row[f"{name}_stderr"] = (x.std() / len(x) ** 0.5).item() if len(x) > 1 else 0.0
+    return row
+
+
+@torch.no_grad()
+def pair_accuracy(model, tokenizer, path: str) -> tuple[float, float | None]:
+    """The reward model's accuracy on labelled pairs, and the best possible accuracy where it is known.
+
+    It is known if the records have the `probability` of the label, as those of data/notes/annotate.py do.
+    """
+    pairs = load_pairs(path, tokenizer, model.config.block_size)
+    sides = {tuple(side.ids): side for pair in pairs for side in (pair.chosen, pair.rejected)}  # each text once
+    scores = dict(zip(sides, score_examples(model, list(sides.values())).tolist()))
+    right = [scores[tuple(pair.chosen.ids)] > scores[tuple(pair.rejected.ids)] for pair in pairs]
+    probabilities = [record["probability"] for _, record in read_records(path) if "probability" in record]
+    ceiling = sum(max(p, 1 - p) for p in probabilities) / len(probabilities) if probabilities else None
+    return sum(right) / len(right), ceiling
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table: mean ± standard error."""
+    formats = {name: style for name, style in FORMATS.items() if name in rows[0]}
+    lines = [["stage", *formats]]
+    for row in rows:
+        cells = [f"{row[name]:{style}} ± {row[name + '_stderr']:{style}}" for name, style in formats.items()]
+        lines.append([row["stage"], *(cell.replace("% ±", " ±") for cell in cells)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
+
+
+def print_answers(prompts: list[str], measured: list[tuple[str, list[Example], dict]]):
+    """The answers to the first prompts, below each other, with their gold rewards: (stage, answers, values) each."""
+    width = max(8, *(len(stage) for stage, _, _ in measured))
+    for i, prompt in enumerate(prompts):
+        print(f"\n{prompt}")
+        for stage, answers, values in measured:
+            gold = f" {values['gold'][i]:+5.2f}" if "gold" in values else ""
+            print(f"  {stage:>{width}}{gold}  {answers[i].text}")
+
+
+def main(config: Config):
+    started = config.since or time.time()
+    if not Path(config.json).parent.is_dir():
+        raise UserError(f"--json: there is no folder {Path(config.json).parent}")
+
+    # The models, and what judges their answers
+    device = find_device(config.device)
+    reference, tokenizer = load_model(config.reference, device)
+    policies = []
+    for folder in config.policies:
+        policy, other = load_model(folder, device)
+        same_vocabulary(tokenizer, other, config.reference, folder)
+        policies.append(policy)
+    context = min(model.config.block_size for model in (reference, *policies))
+    prompts, ids = load_prompts(config.prompts, tokenizer, context - config.max_new_tokens, config.limit)
+    gold = load_function(config.gold) if config.gold else None
+    report = {"rows": [], "gold_max": getattr(gold, "__globals__", {}).get("GOLD_MAX")}
+    reward = load_reward_model(config.reward, tokenizer, config.reference, context, device) if config.reward else None
+    if config.pairs:
+        accuracy, ceiling = pair_accuracy(reward, tokenizer, config.pairs)
+        report |= {"rm_accuracy": accuracy, "rm_accuracy_ceiling": ceiling}
+        best = f", best possible {ceiling:.1%}" if ceiling else ""
+        print(f"reward model: accuracy {accuracy:.1%} on {config.pairs}{best}")
+
+    # Answers of the reference and of each policy to the same prompts
+    prompts, ids = prompts * config.samples, ids * config.samples
+
+    def sample(model, seed):
+        options = dict(temperature=config.temperature, seed=seed)
+        answers = sample_text(model, tokenizer, ids, config.max_new_tokens, **options)
+        texts = [answer.text for answer in answers]
+        return answers, call_reward(gold, prompts, texts) if gold else None
+
+    reference_gold = sample(reference, config.seed + 1)[1] if gold else None
+    measured = []
+    for folder, policy in zip(config.policies, policies):
+        answers, golds = sample(policy, config.seed)
+        logprobs, reference_logprobs = (sequence_logprobs(model, answers) for model in (policy, reference))
+        rewards = score_examples(reward, answers) if reward else None
+        values = measure(answers, logprobs, reference_logprobs, rewards, golds, reference_gold)
+        stage = re.search(r"[^/]+(/step-\d+)?$", Path(folder).as_posix())[0]  # ppo, or of a kept copy ppo/step-10
+        measured.append((stage, answers, values))
+        report["rows"].append({"stage": stage, **summary(values, config.samples)})
+
+    # The table and the report
+    print_answers([tokenizer.decode(prompt) for prompt in ids[: config.show]], measured)
+    print(f"\n{len(ids)} answers to {len(ids) // config.samples} prompts of {config.prompts}\n")
+    print(table(report["rows"]) + "\n")
+    report["seconds"] = round(time.time() - started, 1)
+    print(f"{report['seconds']:.0f} s")
+    if config.json:
+        with atomic(config.json) as f:
+            json.dump(report, f, indent=1)
