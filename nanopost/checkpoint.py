@@ -16,9 +16,9 @@ import shutil
 import torch
 
 from nanopost.config import UserError
-from nanopost.huggingface import is_pretrained, load_pretrained
+from nanopost.huggingface import is_pretrained, read_config
 from nanopost.model import GPT, GPTConfig
-from nanopost.tokenizer import Tokenizer, load_tokenizer
+from nanopost.tokenizer import CHAT_TOKENS, Tokenizer, load_tokenizer
 
 
 @contextlib.contextmanager
@@ -56,12 +56,9 @@ class Folder:
 
     def remove_earlier_run(self):
         """Deletes the earlier run's files, but its weights: they are replaced."""
-        if not self.writes:
-            return
-        for name in ("state.pt", "config.json", "metrics.jsonl"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(self.path, name))
-        for folder in ["tensorboard", *glob.glob("step-[0-9]*", root_dir=self.path)]:
+        self.remove("state.pt", "config.json", "metrics.jsonl")
+        folders = ["tensorboard", *glob.glob("step-[0-9]*", root_dir=self.path)]
+        for folder in folders if self.writes else ():
             shutil.rmtree(os.path.join(self.path, folder), ignore_errors=True)
 
     def restore(self) -> dict | None:
@@ -74,10 +71,11 @@ class Folder:
             with atomic(self.state, "wb") as f:
                 torch.save(state, f)
 
-    def remove_state(self):
-        if self.writes:
+    def remove(self, *names: str):
+        """Deletes files that are there."""
+        for name in names if self.writes else ():
             with contextlib.suppress(FileNotFoundError):
-                os.remove(self.state)
+                os.remove(os.path.join(self.path, name))
 
     def save(self, name: str, model: GPT, tokenizer: Tokenizer, info: dict, head: bool):
         """save_model, into a folder inside this one, or ("") into this one."""
@@ -108,10 +106,8 @@ def load_model(name: str, device="cpu", reward: bool | None = False) -> tuple[GP
     """The model and the tokenizer of a finished run, or a GPT-2: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder in
     Hugging Face's layout. reward=False asks for a language model, True for a reward model, None for either.
 
-    Dropout is off (eval mode): with it, two log-probabilities of the same answer would not be comparable.
-
-    Raises UserError if the folder is missing, unfinished, of the other kind, or if its parts do not fit together.
-    """
+    Dropout is off (eval mode): with it, two log-probabilities of the same answer would not be comparable. Raises
+    UserError if the folder is missing, unfinished, of the other kind, or if its parts do not fit together."""
     model, tokenizer = load_pretrained(name) if is_pretrained(name) else load_run(name)
     if reward not in (None, model.config.scalar_head):
         kinds = ("a language model", "a reward model")
@@ -134,25 +130,36 @@ def load_run(folder: str) -> tuple[GPT, Tokenizer]:
     model = GPT(config)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"{folder}: the vocabulary has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
-    model.load_state_dict(load_tensors(os.path.join(folder, "model.pt"), model))
-    return model, tokenizer
-
-
-def load_file(path: str):
-    """A checkpoint: tensors and plain values; nothing else is ever unpickled. UserError if it cannot be read."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a corrupt file can raise anything
-        raise UserError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from None
-
-
-def load_tensors(path: str, model: GPT) -> dict:
-    """A model's tensors. UserError if the file is broken or does not fit the model."""
+    path = os.path.join(folder, "model.pt")
     tensors = load_file(path)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if not isinstance(tensors, dict) or {n: getattr(t, "shape", None) for n, t in tensors.items()} != shapes:
         raise UserError(f"{path} does not fit the model that config.json describes")
-    return tensors
+    model.load_state_dict(tensors)
+    return model, tokenizer
+
+
+def load_pretrained(name: str) -> tuple[GPT, Tokenizer]:
+    """A GPT-2 and its tokenizer: the folder's vocab.tiktoken (`nanopost export` writes one), else GPT-2's own.
+
+    A model without the five chat tokens gets them. Raises UserError if model and vocabulary do not fit together.
+    """
+    tokens = read_config(name).vocab_size
+    vocabulary = os.path.join(name, "vocab.tiktoken")
+    tokenizer = load_tokenizer(vocabulary if os.path.exists(vocabulary) else "gpt2")
+    new_tokens = tokenizer.vocab_size - tokens
+    if new_tokens not in (0, len(CHAT_TOKENS)):
+        fitting = f"{tokenizer.vocab_size - len(CHAT_TOKENS)}, or {tokenizer.vocab_size} with the chat tokens"
+        raise UserError(f"{name}: the model has {tokens} tokens; its vocabulary needs {fitting}")
+    return GPT.from_pretrained(name, new_tokens), tokenizer
+
+
+def load_file(path: str):
+    """Tensors and plain values; nothing else is ever unpickled. Raises UserError if it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a corrupt file can raise anything
+        raise UserError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from None
 
 
 def same_vocabulary(tokenizer: Tokenizer, other: Tokenizer, first: str, second: str):

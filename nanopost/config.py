@@ -13,6 +13,7 @@ A Config checks its bounds in __post_init__, with at_least and between.
 import argparse
 import dataclasses
 import inspect
+import math
 import re
 import sys
 import typing
@@ -22,35 +23,28 @@ class UserError(ValueError):
     """A mistake in the input, told in one line: what is wrong, where, what to do. The command line exits with 2."""
 
 
-# ----------------------------------------------------------------------------------------------------------- bounds
-
-
 def flag(name: str) -> str:
     """The option of a field: batch_size -> --batch-size."""
     return "--" + name.removeprefix("--").replace("_", "-")
 
 
-def at_least(config, bound: float, *names: str):
-    """Raises UserError unless each of these fields is at least `bound`."""
-    for name in names:
-        if not getattr(config, name) >= bound:
-            raise UserError(f"{flag(name)} must be at least {bound}, not {getattr(config, name)}")
-
-
 def between(config, low: float, high: float, *names: str):
     """Raises UserError unless each of these fields is in [low, high]."""
     for name in names:
-        if not low <= getattr(config, name) <= high:
-            raise UserError(f"{flag(name)} must be between {low} and {high}, not {getattr(config, name)}")
+        value = getattr(config, name)
+        if not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise UserError(f"{flag(name)} must be {bounds}, not {value}")
 
 
-# ----------------------------------------------------------------------------------------------------- command line
+def at_least(config, low: float, *names: str):
+    """Raises UserError unless each of these fields is at least `low`."""
+    between(config, low, math.inf, *names)
 
 
 def field_comments(config_class) -> dict[str, str]:
-    """{field: comment}: the comment on the field's line and the comment-only lines right below it.
-
-    A field that is inherited keeps its parent's comment."""
+    """{field: comment}: the comment on the field's line and the comment-only lines right below it; a field that is
+    inherited keeps its parent's comment."""
     comments = {}
     for cls in filter(dataclasses.is_dataclass, reversed(config_class.__mro__)):
         fields, name = {field.name for field in dataclasses.fields(cls)}, None
@@ -86,24 +80,20 @@ def parse(config_class, argv=None, prog=None):
     parser = Parser(prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     types, comments = typing.get_type_hints(config_class), field_comments(config_class)
     for field in dataclasses.fields(config_class):
+        kind, default = types[field.name], field.default
         help = comments.get(field.name, "").replace("%", "%%")
-        kind = types[field.name]
-        required = field.default is dataclasses.MISSING
-        if not required and field.default not in ("", None):
-            help += f" (default: {field.default})"
+        if default not in ("", None, dataclasses.MISSING):
+            help += f" (default: {default})"
         if typing.get_origin(kind) is list:  # a list of paths: a positional argument
             parser.add_argument(field.name, nargs="+", help=help)
-        elif required and kind is str:  # what the command is about: a positional argument too
-            parser.add_argument(field.name, help=help)
+        elif default is dataclasses.MISSING:  # what the command is about: a positional argument too
+            parser.add_argument(field.name, type=kind, help=help)
         elif kind is bool:
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(flag(field.name), action=action, default=field.default, help=help)
+            parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, default=default, help=help)
         else:
-            default = None if required else field.default
             convert = whole_number if kind is int else kind
-            metavar = kind.__name__.upper()
             parser.add_argument(
-                flag(field.name), type=convert, required=required, default=default, metavar=metavar, help=help
+                flag(field.name), type=convert, default=default, metavar=kind.__name__.upper(), help=help
             )
     argv = sys.argv[1:] if argv is None else argv
     argv = [flag(a.split("=")[0]) + a[len(a.split("=")[0]) :] if a.startswith("--") else a for a in argv]

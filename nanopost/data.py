@@ -21,26 +21,20 @@ import torch
 
 from nanopost.config import UserError
 from nanopost.device import to_device
-from nanopost.records import conversation, read_records, require, with_prompt
+from nanopost.records import Drop, conversation, convert, read_records, require, with_prompt
 
 PAD_TO = 8  # rows are padded to a multiple of this (as block_size is one): few shapes, little padding
 
 
-# ------------------------------------------------------------------------------------ one row on the host: Example
-
-
 @dataclass
 class Example:
-    """One sequence: its token ids and, per token, whether it is a target of the loss.
-
-    A sampled one also has the response as text (without <|end|>), whether it ended, and its log-probability in nats.
-    """
+    """One sequence on the host: its token ids and, per token, whether it is a target of the loss."""
 
     ids: list[int]
     mask: list[bool]
-    text: str = ""
-    ended: bool = False
-    logprob: float = 0.0
+    text: str = ""  # if it was sampled: the response without <|end|>
+    ended: bool = False  # whether it did
+    logprob: float = 0.0  # of the response, in nats
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -67,30 +61,24 @@ class Pair:
         return max(len(self.chosen), len(self.rejected))
 
 
-# --------------------------------------------------------------------------------- many rows on the device: Batch
-
-
 @dataclass
 class Batch:
-    """Right-padded rows. Everything per token is target-aligned: column t is about predicting ids[:, t+1].
+    """Many sequences on the device: right-padded rows. Everything per token is target-aligned: column t is about
+    predicting ids[:, t+1], and 0 outside the mask."""
 
-    ids (B, T) int64; mask (B, T-1) bool, True where ids[:, t+1] is a target; lengths (B,) int64, real tokens per row;
-    index (N,) int64, the flat positions of the targets in (B, T-1). Sampled rows also have logprobs (B, T-1) in nats
-    under the distribution they were sampled from, values (B, T-1) if the model has a scalar head, ended (B,) bool; PPO
-    adds what its losses need. Per-token tensors are 0 outside the mask.
-    """
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-    lengths: torch.Tensor
-    index: torch.Tensor | None = None
-    logprobs: torch.Tensor | None = None
-    values: torch.Tensor | None = None
-    ended: torch.Tensor | None = None
-    ref_logprobs: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
-    advantages: torch.Tensor | None = None
-    returns: torch.Tensor | None = None
+    ids: torch.Tensor  # (B, T) int64
+    mask: torch.Tensor  # (B, T-1) bool: ids[:, t+1] is a target
+    lengths: torch.Tensor  # (B,) int64: real tokens per row
+    index: torch.Tensor | None = None  # (N,) int64: the flat positions of the targets in (B, T-1)
+    # if the rows were sampled
+    logprobs: torch.Tensor | None = None  # (B, T-1) nats, under the distribution sampled from
+    values: torch.Tensor | None = None  # (B, T-1), if the model has a scalar head
+    ended: torch.Tensor | None = None  # (B,) bool
+    # what PPO's losses need
+    ref_logprobs: torch.Tensor | None = None  # (B, T-1) nats
+    scores: torch.Tensor | None = None  # (B,)
+    advantages: torch.Tensor | None = None  # (B, T-1)
+    returns: torch.Tensor | None = None  # (B, T-1)
 
     def __post_init__(self):
         if self.index is None:
@@ -112,8 +100,8 @@ class Batch:
     def rows(self, rows: torch.Tensor) -> "Batch":
         """Some rows, without the padding beyond the longest of them."""
         T = round_up(int(self.lengths[rows].max()))
-        width = {name: T if name == "ids" else T - 1 for name in self.tensors()}
-        return Batch(**{name: x[rows, : width[name]] if x.dim() > 1 else x[rows] for name, x in self.tensors().items()})
+        some = {name: x[rows, : T - 1] if x.dim() > 1 else x[rows] for name, x in self.tensors().items()}
+        return Batch(**some | {"ids": self.ids[rows, :T]})
 
     def to(self, device) -> "Batch":
         tensors = self.tensors() | {"index": self.index}
@@ -131,10 +119,8 @@ def round_up(length: int) -> int:
 
 
 def collate(rows: list[Example] | list[Pair], device="cpu", pad_id: int = 0) -> Batch:
-    """Pads B examples on the right to (B, T); P pairs become 2P rows, all chosen sides before all rejected ones.
-
-    What the padding holds does not matter: no real token attends to it and no target is in it.
-    """
+    """Pads B examples on the right to (B, T); P pairs become 2P rows, all chosen sides before all rejected ones. What
+    the padding holds does not matter: no real token attends to it and no target is in it."""
     if isinstance(rows[0], Pair):
         rows = [pair.chosen for pair in rows] + [pair.rejected for pair in rows]
     lengths = np.array([len(row) for row in rows])
@@ -149,15 +135,12 @@ def collate(rows: list[Example] | list[Pair], device="cpu", pad_id: int = 0) -> 
     return Batch(*(to_device(torch.from_numpy(x), device) for x in (ids, mask, lengths, index)))
 
 
-# ------------------------------------------------------------------------------------------------- orders of rows
-
-
 def batches(rows: list, batch_size: int, seed: int = 0, window: int = 16):
     """Yields lists of row numbers forever: every row once per epoch, rows of similar length together.
 
-    Rows are shuffled, sorted by length within windows of `window` batches, cut into batches, and the batches shuffled.
-    A last, smaller batch is yielded too: nothing is left out. The order depends on nothing but the arguments, so a
-    resumed run finds its place by counting. Raises UserError if there are no rows.
+    Rows are shuffled, sorted by length within windows of `window` batches, cut into batches (the last one may be
+    smaller), and the batches shuffled. The order depends only on the arguments, so a resumed run finds its place by
+    counting. Raises UserError if there are no rows.
     """
     if not rows:
         raise UserError("there is nothing to train on; give a file of records (--data, --prompts)")
@@ -201,62 +184,52 @@ def map_batches(function, rows: list[Example] | list[Pair], size: int, device) -
     return torch.zeros(0) if results is None else results
 
 
-# ---------------------------------------------------------------------------------------------- files of examples
-
-
-def load(path: str, what: str, encode, limit: int | None = None) -> list:
-    """[encode(where, record)] of a file, at most `limit`. Records for which encode returns a string, the reason, are
-    dropped and counted. Raises UserError if none is left; an empty path means no records."""
-    rows, dropped = [], {}
-    for where, record in read_records(path) if path else []:
-        if len(rows) == limit:
-            break
-        row = encode(where, record)
-        if isinstance(row, str):
-            count_drop(dropped, row)
-        else:
-            rows.append(row)
-    if path:
-        print_kept(path, len(rows), what, dropped)
-    return rows
+# ------------------------------------------------------------------------------------------------- from files
 
 
 def load_examples(path: str, tokenizer, block_size: int = 10**9, limit: int | None = None) -> list[Example]:
-    """The examples of a file for SFT or pretraining; see load."""
+    """The examples of a file for SFT or pretraining, at most `limit`; of an empty path, none. Raises UserError if the
+    file has none."""
 
     def encode(where, record):
         example = encode_example(tokenizer, where, record)
         if len(example) > block_size:
-            return f"longer than {block_size} tokens"
-        return example if any(example.mask[1:]) else "without a target"
+            raise Drop(f"longer than {block_size} tokens")
+        if not any(example.mask[1:]):
+            raise Drop("without a target")
+        return example
 
-    return load(path, "examples", encode, limit)
+    return convert(read_records(path), encode, path, "examples", limit) if path else []
 
 
 def load_pairs(path: str, tokenizer, block_size: int = 10**9, limit: int | None = None) -> list[Pair]:
-    """The pairs of a file of preferences; see load. Two equal sides teach nothing: such pairs are dropped."""
+    """The pairs of a file of preferences, as load_examples. Two equal sides teach nothing: such pairs are dropped."""
 
     def encode(where, record):
         record = with_prompt(where, record)
-        pair = Pair(*(encode_answer(tokenizer, where, record, key) for key in ("chosen", "rejected")))
+        pair = Pair(*(encode_answer(tokenizer, where, record, side) for side in ("chosen", "rejected")))
         if len(pair) > block_size:
-            return f"longer than {block_size} tokens"
-        return pair if pair.chosen.ids != pair.rejected.ids else "with two equal sides"
+            raise Drop(f"longer than {block_size} tokens")
+        if pair.chosen.ids == pair.rejected.ids:
+            raise Drop("with two equal sides")
+        return pair
 
-    return load(path, "pairs", encode, limit)
+    return convert(read_records(path), encode, path, "pairs", limit) if path else []
 
 
 def load_prompts(path: str, tokenizer, longest: int, limit: int | None = None) -> tuple[list, list[list[int]]]:
-    """(the prompts as they stand in the file, their ids), of at most `longest` tokens each; see load."""
+    """(the prompts as they stand in the file, their ids), of at most `longest` tokens each, as load_examples."""
     if longest < 1:
         raise UserError("the longest answer leaves no room for a prompt in the context; lower --max-new-tokens")
 
     def encode(where, record):
         require(where, record, "prompt")
         ids = tokenizer.prompt(conversation(where, record, "prompt", "user"))
-        return (record["prompt"], ids) if len(ids) <= longest else f"longer than {longest} tokens"
+        if len(ids) > longest:
+            raise Drop(f"longer than {longest} tokens")
+        return record["prompt"], ids
 
-    both = load(path, "prompts", encode, limit)
+    both = convert(read_records(path), encode, path, "prompts", limit) if path else []
     return [prompt for prompt, _ in both], [ids for _, ids in both]
 
 
@@ -280,14 +253,3 @@ def encode_example(tokenizer, where: str, record: dict) -> Example:
             raise UserError(f"{where}: text must be a non-empty string, not {json.dumps(record['text'])[:40]}")
         return Example(*tokenizer.document(record["text"]))
     raise UserError(f"{where}: needs text, messages, or prompt and completion; it has {', '.join(record) or 'nothing'}")
-
-
-def count_drop(dropped: dict, reason: str):
-    dropped[reason] = dropped.get(reason, 0) + 1
-
-
-def print_kept(path: str, kept: int, what: str, dropped: dict):
-    """Prints how many records are used and how many were dropped, and why. Raises UserError if none is left."""
-    if not kept:
-        raise UserError(f"{path}: no {what}" + "".join(f"; {n} are {reason}" for reason, n in dropped.items()))
-    print(f"{path}: {kept:,} {what}" + "".join(f", dropped {n:,} {reason}" for reason, n in dropped.items()))

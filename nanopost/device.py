@@ -1,4 +1,4 @@
-"""Where the computation runs: the device by its name, and copies to it."""
+"""Where the computation runs: the device by its name, its precision, copies to it."""
 
 import torch
 
@@ -17,6 +17,13 @@ def find_device(name: str) -> torch.device:
         torch.cuda.set_device(device)
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a new, slow plan for every new shape
     return device
+
+
+def best_dtype(device: torch.device) -> str:
+    """bf16 where the GPU computes in it, else fp16; fp32 on everything else."""
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def to_device(x: torch.Tensor, device) -> torch.Tensor:

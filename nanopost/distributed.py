@@ -12,7 +12,6 @@ import sys
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 
 from nanopost.config import UserError
 from nanopost.data import Batch
@@ -21,9 +20,8 @@ MOST_STATISTICS = 64  # per step; a process without rows does not know how many 
 
 
 def start(device: str) -> tuple[str, int, int]:
-    """(this process's device, its rank, the number of processes). Only the first process prints, except errors.
-
-    Without torchrun: rank 0 of 1. Raises UserError if all would share one GPU."""
+    """(this process's device, its rank, the number of processes; without torchrun: 0 of 1). Only the first process
+    prints, except errors. Raises UserError if all would share one GPU."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device, 0, 1
     if device.startswith("cuda:"):
@@ -54,8 +52,7 @@ def all_reduce_gradients(parameters: list):
         return
     flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
     dist.all_reduce(flat)
-    parts = flat.split([p.numel() for p in parameters])
-    for p, part in zip(parameters, parts, strict=True):
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad = part.view_as(p)
 
 
@@ -72,22 +69,21 @@ def all_reduce(stats: dict, device) -> dict:
 
 
 def all_gather(x: torch.Tensor | Batch):
-    """The rows of all processes' shares, put back in their order: a Batch or a tensor (n,) or (n, m), on the CPU.
-
-    The second dimension may differ between processes: it is filled with zeros (False) on the right.
-    """
+    """The rows of all processes' shares, put back in their order: a Batch or a tensor (n,) or (n, m), on the CPU. Where
+    m differs between processes, rows are filled with zeros (False) on the right."""
     if not is_distributed():
         return x
     if isinstance(x, Batch):
         return Batch(**{name: all_gather(tensor) for name, tensor in x.tensors().items()})
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, x)
-    width = max(part.shape[1] for part in parts) if x.dim() > 1 else 0
-    rows = x.new_zeros(sum(map(len, parts)), *([width] if x.dim() > 1 else []))
+    flat = parts[0].dim() == 1  # the first process always has rows
+    shape = [max(part.shape[1] for part in parts if len(part))] if not flat else []
+    rows = parts[0].new_zeros(sum(map(len, parts)), *shape)
     for rank, part in enumerate(parts):
-        if x.dim() > 1:
-            part = F.pad(part, (0, width - part.shape[1]))
-        rows[rank :: len(parts)] = part  # what shard() gave it
+        mine = rows[rank :: len(parts)]  # what shard() gave it
+        if len(part):
+            (mine if flat else mine[:, : part.shape[1]]).copy_(part)
     return rows
 
 

@@ -15,9 +15,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     convolution to oneDNN, which uses it. dilation=2 is a no-op for a 1x1 kernel but keeps single-threaded PyTorch from
     choosing MKL here too.
     """
-    fp32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    few = x.shape[:-1].numel() < FEW_ROWS or x.numel() < FEW_NUMBERS
-    if x.device.type != "cpu" or not fp32 or few or not ONEDNN:
+    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not ONEDNN:
+        return F.linear(x, weight, bias)
+    if x.shape[:-1].numel() < FEW_ROWS or x.numel() < FEW_NUMBERS:
         return F.linear(x, weight, bias)
     image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, I, 1, rows): channels last, nothing is copied
     y = F.conv2d(image, weight[:, :, None, None], bias, dilation=2)  # (1, O, 1, rows)

@@ -9,10 +9,9 @@ from nanopost.checkpoint import atomic
 
 
 class Metrics:
-    """The lines of a run's metrics.jsonl. add() collects them, flush() writes them.
+    """The lines of a run's metrics.jsonl. add() collects them, flush() writes them (nothing if `silent`).
 
-    The first line is {"method", "arguments"}, all others have "step", "seconds" and numbers. With several processes
-    only the first one writes; in the others it is `silent`.
+    The first line is {"method", "arguments"}, all others have "step", "seconds" and numbers.
     """
 
     def __init__(self, folder: str, header: dict, tensorboard: bool = False, silent: bool = False):

@@ -61,10 +61,10 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of every layer, for B rows of at most S tokens: allocated once, in columns.
+    """Keys and values of every layer, for B rows of at most S tokens.
 
-    pos (B,) is the column that each row's next token goes to, so the number of tokens that the row holds. No row holds
-    more than `used`. A decoding step attends to the first `span` columns. Raises ValueError if S exceeds the context.
+    pos (B,) is the column of each row's next token; no row has more than `used` tokens; a decoding step attends to the
+    first `span` columns. Raises ValueError if S exceeds the context.
     """
 
     def __init__(self, config: GPTConfig, rows: int, length: int, device=None, dtype=torch.float32):
@@ -78,8 +78,7 @@ class KVCache:
 
     def fill(self, lengths: torch.Tensor, longest: int):
         """After the forward pass of the prompts: their lengths (B,) in tokens, and the longest as a number."""
-        self.pos = lengths.clone()
-        self.used = longest
+        self.pos, self.used = lengths.clone(), longest
 
     def extend(self):
         """Before every decoding step: each row is about to get a token. Raises ValueError if there is no room."""
@@ -91,8 +90,7 @@ class KVCache:
 
     def keep(self, rows: torch.Tensor):
         """Drops all rows but these (an index or a mask)."""
-        self.kv = self.kv[:, :, rows]
-        self.pos = self.pos[rows]
+        self.kv, self.pos = self.kv[:, :, rows], self.pos[rows]
 
 
 class Attention(nn.Module):
@@ -103,7 +101,7 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, kv=None, pos=None, mask=None):
-        """x (B, T, C) -> (B, T, C). kv (2, B, H, S, D) is this layer's cache; A mask is given only when decoding."""
+        """x (B, T, C) -> (B, T, C). kv (2, B, H, S, D) is this layer's cache; a mask is given only when decoding."""
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # (B, T, C) each
         q, k, v = (t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
@@ -159,9 +157,13 @@ class GPT(nn.Module):
     def from_pretrained(cls, name: str, new_tokens: int = 0):
         """OpenAI's GPT-2, by name (gpt2, gpt2-medium, gpt2-large, gpt2-xl) or from a folder in Hugging Face's layout,
         with rows for new_tokens more tokens. What it reads and what it raises: nanopost/huggingface.py."""
-        from nanopost.huggingface import from_pretrained  # which imports this file
+        from nanopost.huggingface import add_rows, read
 
-        return from_pretrained(name, new_tokens)
+        sizes, state = read(name)
+        model = cls(GPTConfig(**{**sizes, "vocab_size": sizes["vocab_size"] + new_tokens}))
+        state["wte.weight"] = add_rows(state["wte.weight"], model.config.rows - sizes["vocab_size"])
+        model.load_state_dict(state)
+        return model
 
     def add_head(self, std: float):
         """Adds a fresh scalar head: weights N(0, std), bias 0 (std 0: its output is 0 everywhere)."""
@@ -178,9 +180,8 @@ class GPT(nn.Module):
     def forward(self, ids: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         """ids (B, T) int64 -> hidden states after the final LayerNorm (B, T, C).
 
-        With an empty cache: the same, and the cache gets the keys and values; then call `cache.fill` with the rows'
-        lengths. With a filled one: ids is (B, 1), each row's next token; call `cache.extend` first. Such a step reads
-        nothing back to the host. Raises ValueError beyond block_size.
+        With an empty cache: the same, and the cache gets the keys and values; then call cache.fill. With a filled one:
+        ids (B, 1) are the rows' next tokens; call cache.extend first. Raises ValueError beyond block_size.
         """
         T, device = ids.shape[1], ids.device
         decoding = cache is not None and cache.used > 0

@@ -2,10 +2,32 @@
 
 import json
 import os
+from collections import Counter
 
 from nanopost.config import UserError
 
 ROLES = ("user", "assistant", "system")
+
+
+class Drop(Exception):
+    """Raised for a record that is well-formed but of no use; its text completes "dropped 3 ..."."""
+
+
+def convert(rows, function, name: str, what: str = "records", limit: int | None = None) -> list:
+    """[function(where, row)] of (where, row) pairs, at most `limit`, without the rows for which it raises Drop. Prints
+    how many were kept, and how many dropped and why. Raises UserError if none is left."""
+    kept, dropped = [], Counter()
+    for where, row in rows:
+        if len(kept) == limit:
+            break
+        try:
+            kept.append(function(where, row))
+        except Drop as reason:
+            dropped[str(reason)] += 1
+    if not kept:
+        raise UserError(f"{name}: no {what}" + "".join(f"; {n} are {reason}" for reason, n in dropped.items()))
+    print(f"{name}: {len(kept):,} {what}" + "".join(f", dropped {n:,} {reason}" for reason, n in dropped.items()))
+    return kept
 
 
 def read_records(path: str):

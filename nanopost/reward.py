@@ -20,35 +20,28 @@ from nanopost.model import GPT
 def load_reward(spec: str, tokenizer, owner: str, block_size: int, device):
     """The judge as a function score(prompts, answers) -> (N,), for training, normalisation and evaluation alike.
 
-    answers: Examples as sample_text returns them, or the Batch that generate returned. spec: file.py:function, whose
-    numbers keep their float64 (so that 0.7 is not below a threshold of 0.7), or the folder of a reward model; the rest
-    is as for load_reward_model.
-    """
+    answers: Examples as sample_text returns them, or the Batch that generate returned. spec: the folder of a reward
+    model (the rest is as for load_reward_model), or file.py:function, whose numbers keep their float64."""
     if ".py:" in spec:
         function = load_function(spec)
 
         def score(prompts, answers):
-            if isinstance(answers, Batch):
-                texts = [tokenizer.decode(ids) for ids in answers.responses()]
-            else:
-                texts = [answer.text for answer in answers]
-            return torch.tensor(call_reward(function, prompts, texts), dtype=torch.float64)
+            sampled = isinstance(answers, Batch)
+            texts = map(tokenizer.decode, answers.responses()) if sampled else [answer.text for answer in answers]
+            return torch.tensor(call_reward(function, prompts, list(texts)), dtype=torch.float64)
     else:
         model = load_reward_model(spec, tokenizer, owner, block_size, device)
 
         def score(prompts, answers):
-            if isinstance(answers, Batch):
-                return model.score(answers.ids, answers.lengths)
-            return score_examples(model, answers)
+            sampled = isinstance(answers, Batch)
+            return model.score(answers.ids, answers.lengths) if sampled else score_examples(model, answers)
 
     return score
 
 
 def load_reward_model(folder: str, tokenizer, owner: str, block_size: int, device) -> GPT:
-    """A frozen reward model for the texts of a policy.
-
-    Raises UserError unless its vocabulary is that of `owner` (the folder that `tokenizer` is from) and its context
-    holds block_size tokens."""
+    """A frozen reward model. Raises UserError unless its vocabulary is that of `owner` (the folder of `tokenizer`) and
+    its context holds block_size tokens."""
     model, other = load_model(folder, device, reward=True)
     same_vocabulary(tokenizer, other, owner, folder)
     if model.config.block_size < block_size:
@@ -85,8 +78,6 @@ def call_reward(function, prompts: list, completions: list[str]) -> list[float]:
     except (TypeError, ValueError) as error:
         raise UserError(f"reward function {function.__name__}: {error}") from None
     if len(scores) != len(completions) or not all(map(math.isfinite, scores)):
-        raise UserError(
-            f"reward function {function.__name__}: must return one finite number for each of the "
-            f"{len(completions)} completions; it returned {len(scores)}"
-        )
+        wanted = f"must return one finite number for each of the {len(completions)} completions"
+        raise UserError(f"reward function {function.__name__}: {wanted}; it returned {len(scores)}")
     return scores

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nanopost import distributed
 from nanopost.checkpoint import Folder
 from nanopost.config import UserError, at_least
-from nanopost.device import find_device
+from nanopost.device import best_dtype, find_device
 from nanopost.metrics import Metrics
 from nanopost.model import token_nll
 
@@ -26,15 +26,14 @@ WITHOUT_EFFECT = ("resume", "overwrite", "out", "compile", "log_every", "keep_ev
 
 @dataclass
 class Options:
-    """The options that all training scripts share. Raises UserError for a value out of bounds."""
+    """The options that all training scripts share."""
 
     out: str = "out/run"  # folder to write
     overwrite: bool = False  # replace the run that is in that folder
     resume: bool = False  # continue from the last checkpoint in that folder
     seed: int = 0  # seed of the initialisation, the data order and the sampling
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    dtype: str = "auto"  # precision of the computation: fp32, bf16, fp16 or auto (the best on CUDA, else fp32);
-    # weights stay fp32
+    dtype: str = "auto"  # precision of computation: fp32, bf16, fp16 or auto (the best on CUDA, else fp32)
     compile: bool = True  # torch.compile the blocks and the cross-entropy (on CUDA only)
     log_every: int = 10  # steps between two lines of metrics.jsonl
     save_every: int = 200  # steps between two checkpoints
@@ -87,25 +86,24 @@ class Run:
         device, self.rank, self.world = distributed.start(options.device)
         self.device = find_device(device)
         self.dtype = DTYPES[best_dtype(self.device) if options.dtype == "auto" else options.dtype]
+        self.compiling = options.compile and self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.folder = Folder(options.out, writes=self.rank == 0)
         if not (options.resume or options.overwrite):
             self.folder.refuse_earlier_run()
         self.metrics = Metrics(options.out, self.info, bool(options.logs), silent=self.rank > 0)
-        torch.set_float32_matmul_precision("high")  # TF32 where there are tensor cores
-        torch.manual_seed(options.seed)
         self.bar = None
         self.started = time.time()
-        self.grad_norm = 0.0
+        torch.set_float32_matmul_precision("high")  # TF32 where there are tensor cores
+        torch.manual_seed(options.seed)
 
-    def print(self, text: str):
-        tqdm.write(text)
+    print = staticmethod(tqdm.write)  # above the progress bar
 
     # -- one optimizer step
 
     def compile(self, *models):
         """Compiles the blocks and the cross-entropy of these models, on CUDA only."""
-        if not self.options.compile or self.device.type != "cuda":
+        if not self.compiling:
             return
         nll = torch.compile(token_nll, dynamic=True)
         for model in models:
@@ -138,14 +136,11 @@ class Run:
 
     # -- several processes: each works on its share of a batch, and the results are added up
 
-    def shard(self, rows):
-        return distributed.shard(rows)
+    shard = staticmethod(distributed.shard)
+    all_gather = staticmethod(distributed.all_gather)
 
     def all_reduce(self, stats: dict) -> dict:
         return distributed.all_reduce(stats, self.device)
-
-    def all_gather(self, x):
-        return distributed.all_gather(x)
 
     # -- the loop
 
@@ -154,11 +149,8 @@ class Run:
         or None if the run to resume is finished. Call it when all inputs are loaded.
 
         modules {name: model} are trained; the one called "model" is saved, with its scalar head if save_head. `state`
-        is the script's own dict of numbers that change from step to step: checkpointed, and restored in place.
-        """
-        self.modules = modules
-        self.optimizer = optimizer
-        self.state = {} if state is None else state
+        is the script's own dict of numbers that change from step to step: checkpointed, and restored in place."""
+        self.modules, self.optimizer, self.state = modules, optimizer, {} if state is None else state
         self.save_model = lambda name: self.folder.save(name, modules["model"], tokenizer, self.info, save_head)
         os.makedirs(self.options.out, exist_ok=True)
         saved = self.folder.restore() if self.options.resume else None
@@ -179,8 +171,8 @@ class Run:
         self.total = total
         size = sum(p.numel() for p in self.modules["model"].parameters()) / 1e6
         devices = f"{self.device} x {self.world}" if self.world > 1 else f"{self.device}"
-        precision = f"{str(self.dtype)[6:]}, {torch.get_num_threads()} threads, {size:.2f}M parameters"
-        self.print(f"{self.method}: {total} steps on {devices}, {precision} -> {self.options.out}")
+        how = f"{str(self.dtype)[6:]}, {torch.get_num_threads()} threads, {size:.2f}M parameters"
+        self.print(f"{self.method}: {total} steps on {devices}, {how} -> {self.options.out}")
         off = self.rank > 0 or None  # None: only where the output is no terminal
         steps = range(first + 1, total + 1)
         self.bar = tqdm(steps, self.method, total, initial=first, disable=off, dynamic_ncols=True)
@@ -203,8 +195,7 @@ class Run:
         """Writes what is due after this step: the metrics, a checkpoint, a copy of the model that is kept.
 
         The first call deletes an earlier run's files: by then the first step has succeeded, so an immediate failure
-        costs nothing. A copy comes before the checkpoint: a run resumed from there will not make it again.
-        """
+        costs nothing. A copy comes before the checkpoint: a run resumed from there will not make it again."""
         if self.fresh:
             self.folder.remove_earlier_run()
             self.fresh = False
@@ -221,7 +212,7 @@ class Run:
     def finish(self):
         """Writes the finished model, then removes the state to resume from."""
         self.save_model("")
-        self.folder.remove_state()
+        self.folder.remove("state.pt")
         self.print(f"wrote {self.options.out} after {time.time() - self.started:.0f} s")
         distributed.barrier()
 
@@ -229,19 +220,15 @@ class Run:
 
     def check_finite(self, metrics: dict[str, float], step: int):
         for name, value in metrics.items():
-            scaled = name == "grad_norm" and self.scaler.is_enabled()  # the scaler handles fp16's overflows
-            if ("loss" in name or name == "grad_norm") and not scaled and not math.isfinite(value):
+            overflow = name == "grad_norm" and self.scaler.is_enabled()  # in fp16 the scaler handles it
+            if ("loss" in name or name == "grad_norm") and not overflow and not math.isfinite(value):
                 raise UserError(f"{name} is {value} at step {step}: lower --lr, or look for a bad record in the data")
-
-    def arguments(self) -> dict:
-        """The options that decide what a run computes."""
-        return {name: value for name, value in self.info["arguments"].items() if name not in WITHOUT_EFFECT}
 
     def everything(self, step: int) -> dict:
         """All that the rest of the run depends on, for a checkpoint."""
         return {
             "step": step,
-            "arguments": self.arguments(),
+            "arguments": self.info["arguments"],
             "state": self.state,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -253,9 +240,9 @@ class Run:
 
     def restore(self, saved: dict) -> int:
         """Takes up a checkpoint; returns its step. Raises UserError if it was made with other options."""
-        for name, value in self.arguments().items():
+        for name, value in self.info["arguments"].items():
             before = saved["arguments"].get(name)
-            if before != value:
+            if before != value and name not in WITHOUT_EFFECT:
                 what = f"{self.options.out} was started with {name} = {before}, not {value}"
                 raise UserError(f"--resume: {what}; give the same options")
         for name, module in self.modules.items():
@@ -270,10 +257,3 @@ class Run:
         self.metrics.truncate(saved["step"])
         self.print(f"resuming {self.options.out} after step {saved['step']}")
         return saved["step"]
-
-
-def best_dtype(device: torch.device) -> str:
-    """bf16 where the GPU computes in it, else fp16; fp32 on everything else."""
-    if device.type != "cuda":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"

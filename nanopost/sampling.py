@@ -17,9 +17,7 @@ BATCH_TOKENS = 2**16  # tokens of a batch in sample_text: 5 GB of keys and value
 def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
     """Keeps the top_k most likely tokens, and the fewest whose probabilities reach top_p; the rest get -inf. (..., V)
 
-    For chatting only: a truncated distribution has zeros, where the ratios and the KL of the training losses are
-    undefined.
-    """
+    For chatting only: where a truncated distribution is 0, the losses' ratios and KL are undefined."""
     if top_k:
         kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, float("-inf"))
@@ -36,8 +34,7 @@ def choose(logits, noise, temperature: float = 1.0, top_k: int = 0, top_p: float
     """The next tokens and their log-probabilities: logits (n, V), noise (n,) in [0, 1) -> (n,) int64, (n,) in nats.
 
     A token is where the noise falls among the cumulative probabilities, which fp32 resolves to 2^-24 = 6e-8. The
-    log-probability is that of the distribution sampled from. Temperature 0 takes the most likely token.
-    """
+    log-probability is under the distribution sampled from. Temperature 0 takes the most likely token."""
     logits = upcast(logits)
     if temperature not in (0, 1):
         logits = logits / temperature
@@ -174,10 +171,8 @@ def sample_text(
 ) -> list[Example]:  # fmt: skip
     """Samples a response to each prompt: Examples with text, ended and logprob, in the order of the prompts.
 
-    Prompts of similar length are sampled together, at most batch_size rows and BATCH_TOKENS tokens at a time, which
-    bounds the key-value cache and changes no sample. noise (N, max_new_tokens) is as in generate; by default it is
-    drawn from the seed.
-    """
+    Prompts of similar length are sampled together, at most batch_size rows and BATCH_TOKENS tokens at a time: this
+    changes no sample. noise (N, max_new_tokens) is as in generate; by default it is drawn from the seed."""
     if noise is None:
         noise = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     order = length_order(prompts)

@@ -46,9 +46,8 @@ class Tokenizer:
         return self.encoding.decode([int(i) for i in ids])
 
     def document(self, text: str) -> tuple[list[int], list[bool]]:
-        """(ids, mask) for language modelling: every token is a target, and so is the end of the document.
-
-        It starts with <|endoftext|> too, so that the first word has something to be predicted from."""
+        """(ids, mask) for language modelling: every token and the end of the document are targets. It starts with
+        <|endoftext|> too, so that the first word has something to be predicted from."""
         ids = self.encode(text)
         return [self.eot, *ids, self.eot], [False] + [True] * (len(ids) + 1)
 
@@ -81,10 +80,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         try:
             return Tokenizer(tiktoken.get_encoding("gpt2")._mergeable_ranks)
         except Exception as error:  # whatever the network layer raises
-            raise UserError(
-                "the gpt2 vocabulary is neither in tiktoken's cache (TIKTOKEN_CACHE_DIR) nor could it be "
-                f"downloaded ({type(error).__name__}); go online once or give a file of ranks"
-            ) from None
+            where = f"in tiktoken's cache (TIKTOKEN_CACHE_DIR) nor online ({type(error).__name__})"
+            raise UserError(f"no gpt2 vocabulary {where}; go online once, or give a vocabulary file") from None
     if not os.path.isfile(name):
         hint = "; python data/notes/prepare.py writes it" if name == DEFAULT_VOCAB else ""
         raise UserError(f"no vocabulary at {name}{hint}")
