@@ -1,5 +1,10 @@
-"""What the tests share: a byte-level tokenizer, tiny models, and a workshop of toy data on which every script runs."""
+"""What the tests share: a byte-level tokenizer, tiny models, and a workshop of toy data on which every script runs.
 
+Fixtures: tokenizer, tiny, lines, workshop, metrics, command, tool, gpt2, in_float64. Helpers to import: ROOT, SCRIPTS,
+and, for the folders of runs and for runs that die, those at the end.
+"""
+
+import ast
 import importlib
 import json
 import os
@@ -15,12 +20,17 @@ import tiktoken
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in (ROOT / "data" / "notes", ROOT):
+SCRIPTS = ["sft", "rm", "dpo", "ppo"]
+
+# as in pyproject.toml, for processes that pytest did not start
+for folder in (ROOT / "tests" / "proofs", ROOT / "data" / "notes", ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
-from nanopost.model import GPT, GPTConfig  # noqa: E402
+from nanopost.__main__ import main as nanopost  # noqa: E402
 from nanopost.checkpoint import save_model  # noqa: E402
+from nanopost.model import GPT, GPTConfig  # noqa: E402
+from nanopost.run import Run  # noqa: E402
 from nanopost.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
@@ -39,6 +49,8 @@ def same_every_time_and_offline(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+# ------------------------------------------------------------------------------------------- tokenizer and tiny models
+
 MERGES = (b"th", b"the", b" a", b" th", b"an", b"and")  # in order of rank, each made of two earlier tokens
 
 
@@ -53,8 +65,8 @@ def make_model(vocab_size, block_size=48, dropout=0.0, scalar_head=False, favour
     `favour` is a token that the model likes to say next, about once in five tokens: the end token, so that answers end.
     """
     generator = torch.Generator().manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size, block_size, n_layer=2, n_head=2, n_embd=16, dropout=dropout,
-                          scalar_head=scalar_head))
+    sizes = dict(n_layer=2, n_head=2, n_embd=16)
+    model = GPT(GPTConfig(vocab_size, block_size, dropout=dropout, scalar_head=scalar_head, **sizes))
     with torch.no_grad():
         for p in model.parameters():
             start = torch.ones_like(p) if p.dim() == 1 and p.mean() == 1 else torch.zeros_like(p)
@@ -97,6 +109,9 @@ def in_float64():
     torch.set_default_dtype(torch.float32)
 
 
+# ------------------------------------------------------------------------------------------------------- the workshop
+
+
 def write_lines(path, records) -> str:
     with open(path, "w", encoding="utf-8") as f:
         f.writelines((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records)
@@ -127,20 +142,22 @@ class Workshop:
 
     def config(self, script: str, out, **options):
         """The configuration of a quick run of train_<script>.py into the folder `out`."""
-        defaults = {
-            "sft": dict(init=self.path("base"), data=self.path("sft.jsonl"), valid=self.path("sft_valid.jsonl"),
-                        lr=1e-2),
-            "rm": dict(init=self.path("sft"), data=self.path("pairs.jsonl"), valid=self.path("pairs_valid.jsonl"),
-                       normalise=8, max_new_tokens=8, lr=1e-2),
-            "dpo": dict(init=self.path("sft"), data=self.path("pairs.jsonl"), valid=self.path("pairs_valid.jsonl"),
-                        max_new_tokens=8, lr=1e-2),
-            "ppo": dict(init=self.path("sft"), reward=self.path("rm"), prompts=self.path("prompts.jsonl"),
-                        valid=self.path("prompts_valid.jsonl"), max_new_tokens=8, eval_prompts=4, epochs=2,
-                        minibatches=2, warmup=0, lr=1e-2),
-        }[script]
-        common = dict(out=str(out), steps=4, batch_size=8, micro_batch=0, log_every=1, eval_every=2, save_every=100,
-                      device="cpu", compile=False)
-        return self.module(script).Config(**{**common, **defaults, **options})
+        common = dict(
+            out=str(out), overwrite=True, steps=4, batch_size=8, micro_batch=0, lr=1e-2, log_every=1, eval_every=2,
+            save_every=100, device="cpu", compile=False,
+        )  # fmt: skip
+        pairs = dict(data=self.path("pairs.jsonl"), valid=self.path("pairs_valid.jsonl"), max_new_tokens=8)
+        prompts = dict(prompts=self.path("prompts.jsonl"), valid=self.path("prompts_valid.jsonl"), max_new_tokens=8)
+        own = {
+            "sft": dict(init=self.path("base"), data=self.path("sft.jsonl"), valid=self.path("sft_valid.jsonl")),
+            "rm": dict(init=self.path("sft"), normalise=8, **pairs),
+            "dpo": dict(init=self.path("sft"), **pairs),
+            "ppo": dict(
+                init=self.path("sft"), reward=self.path("rm"), eval_prompts=4, epochs=2, minibatches=2, warmup=0,
+                **prompts,
+            ),
+        }[script]  # fmt: skip
+        return self.module(script).Config(**{**common, **own, **options})
 
     def module(self, script: str):
         return importlib.import_module(f"train_{script}")
@@ -171,8 +188,10 @@ def workshop(tmp_path_factory) -> Workshop:
 
     words = ["cat", "dog", "sun", "moon", "tree", "map", "hat", "lamp", "bus", "key", "cup", "pen"]
     say = [{"prompt": f"Say {w}!", "completion": f"The {w} and the {w}."} for w in words]
-    pairs = [{"prompt": f"Say {w}!", "chosen": f"Oh, {w}" + "!" * (i % 4), "rejected": f"{w} no"}
-             for i, w in enumerate(words * 2)]
+    pairs = [
+        {"prompt": f"Say {w}!", "chosen": f"Oh, {w}" + "!" * (i % 4), "rejected": f"{w} no"}
+        for i, w in enumerate(words * 2)
+    ]
     write_lines(folder / "sft.jsonl", say + say)
     write_lines(folder / "sft_valid.jsonl", say[:5])
     write_lines(folder / "pairs.jsonl", pairs)
@@ -183,37 +202,137 @@ def workshop(tmp_path_factory) -> Workshop:
     return Workshop(folder)
 
 
+def read_metrics(folder, *without) -> list[dict]:
+    records = map(json.loads, (Path(folder) / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in record.items() if k not in without} for record in records if "step" in record]
+
+
+@pytest.fixture(scope="session")
+def metrics():
+    """metrics(folder, *without): the logged steps of metrics.jsonl, without these keys and without its header line."""
+    return read_metrics
+
+
+# ---------------------------------------------------------------------------------------------------- command lines
+
+
+def run_and_capture(function, capfd):
+    """Calls function() -> (exit code, stdout, stderr)."""
+    capfd.readouterr()
+    code = 0
+    try:
+        function()
+    except SystemExit as end:
+        code = end.code or 0
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
 @pytest.fixture
 def command(monkeypatch, capfd):
     """command("train_sft.py", "--lr", "1") runs a file as from the command line -> (exit code, stdout, stderr)."""
 
     def run(file, *arguments):
         monkeypatch.setattr(sys, "argv", [os.path.basename(file), *map(str, arguments)])
-        capfd.readouterr()
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / file), run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-        out, err = capfd.readouterr()
-        return code, out, err
+        return run_and_capture(lambda: runpy.run_path(str(ROOT / file), run_name="__main__"), capfd)
 
     return run
 
 
-def read_metrics(folder, *without) -> list[dict]:
-    with open(Path(folder) / "metrics.jsonl") as f:
-        return [{k: v for k, v in json.loads(line).items() if k not in without} for line in f]
+@pytest.fixture
+def tool(monkeypatch, capfd):
+    """tool("chat", "out/ppo") runs `nanopost chat out/ppo` -> (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["nanopost", *map(str, arguments)])
+        return run_and_capture(nanopost, capfd)
+
+    return run
 
 
-@pytest.fixture(scope="session")
-def metrics():
-    """metrics(folder, *without): the lines of metrics.jsonl, without these keys."""
-    return read_metrics
+# --------------------------------------------------------------------------------- folders of runs, and runs that die
+
+
+def one_line(error) -> str:
+    """The message of a pytest.raises, which must be one line."""
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text
+
+
+def contents(folder) -> dict:
+    """{path in the folder: what is in the file}"""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def tensors(folder) -> dict:
+    return torch.load(Path(folder) / "model.pt", weights_only=True)
+
+
+def assert_same_tensors(a: dict, b: dict):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), f"{name} differs"
+
+
+def copies(folder) -> list[str]:
+    """The kept copies in the folder of a run."""
+    return sorted(path.name for path in Path(folder).glob("step-*"))
+
+
+class Killed(BaseException):
+    """The power goes off."""
+
+
+def die_after(monkeypatch, step):
+    """The next run raises Killed right after it has logged this step. Returns a function that ends this."""
+    log = Run.log
+
+    def log_and_die(self, at, values):
+        log(self, at, values)
+        if at == step:
+            raise Killed
+
+    monkeypatch.setattr(Run, "log", log_and_die)
+    return lambda: monkeypatch.setattr(Run, "log", log)
+
+
+# ------------------------------------------------------------------------------------------------ --mine, --measured
 
 
 def pytest_addoption(parser):
+    parser.addoption("--mine", metavar="FILE", help="test this changed copy of a train_*.py in its place")
     parser.addoption("--measured", action="store_true", help="print the error that every proof measured")
+
+
+def pytest_configure(config):
+    if path := config.getoption("--mine"):
+        if not os.path.isfile(path):
+            raise pytest.UsageError(f"--mine: no file {path}")
+        put_in_place(path)
+
+
+def pytest_report_header(config):
+    if path := config.getoption("--mine"):
+        return f"{path} in the place of {resembled(path)}.py"
+
+
+def functions_in(path) -> set[str]:
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+def resembled(path) -> str:
+    """The script that has the most functions in common with this file: train_dpo."""
+    names = functions_in(path)
+    return max((f"train_{s}" for s in SCRIPTS), key=lambda script: len(names & functions_in(ROOT / f"{script}.py")))
+
+
+def put_in_place(path):
+    """Runs the file in the namespace of the script that it resembles: what it defines replaces ours, the rest stays."""
+    module = importlib.import_module(resembled(path))
+    module.__file__ = os.path.abspath(path)
+    exec(compile(Path(path).read_text(encoding="utf-8"), module.__file__, "exec"), vars(module))
 
 
 def pytest_terminal_summary(terminalreporter, config):

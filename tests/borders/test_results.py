@@ -1,0 +1,172 @@
+"""`make results`: what has run is kept until something changes, and its outcome becomes tables and named numbers."""
+
+import pytest
+
+from docs import quotes, results, runs, tables
+from nanopost.config import UserError
+
+SOURCE = '''"""Adds."""
+
+def add(a, b):
+    """The sum."""
+    return a + b  # both
+'''
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project with one source file, code.py."""
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    (tmp_path / "code.py").write_text(SOURCE)
+    return tmp_path
+
+
+def step(script="echo ran >> $OUT/ran", name="a", **environment):
+    return runs.Step(name, script, ["*.py"], environment)
+
+
+@pytest.mark.parametrize(
+    "right, wrong, same",
+    [
+        ('"""Adds."""', '"""Adds numbers."""', True),
+        ('    """The sum."""\n', "", True),
+        ("  # both", "", True),
+        ("a + b", "(a\n        + b)", True),
+        ("a + b", "a - b", False),
+        ("(a, b)", "(a, b=0)", False),
+    ],
+)
+def test_comments_docstrings_and_layout_of_the_code_do_not_count(right, wrong, same, project):
+    before = runs.fingerprint(step())
+    assert right in SOURCE
+    (project / "code.py").write_text(SOURCE.replace(right, wrong))
+    assert (runs.fingerprint(step()) == before) == same
+
+
+def test_the_commands_and_what_they_start_from_count(project):
+    assert len({runs.fingerprint(step()), runs.fingerprint(step("true")), runs.fingerprint(step(), "other start")}) == 3
+    assert runs.fingerprint(step("# why\ntrue")) == runs.fingerprint(step("true"))
+
+
+def test_a_step_runs_once_and_again_when_the_code_has_changed(project, capsys):
+    out = project / "out"
+    out.mkdir()
+    for expected in (1, 1):
+        stamp = runs.run_step(step(OUT=str(out)), out, "")
+        assert (out / "ran").read_text().count("ran") == expected and stamp["cpu_seconds"] < 10
+    assert "a: kept" in capsys.readouterr().out
+    (out / "a" / "left").write_text("from the run before")
+    (project / "code.py").write_text("x = 1\n")
+    runs.run_step(step(OUT=str(out)), out, "")
+    assert (out / "ran").read_text().count("ran") == 2 and not (out / "a" / "left").exists()
+
+
+@pytest.mark.parametrize("script", ["echo nonsense; false; echo on", "echo nonsense; false | cat"])
+def test_a_step_that_fails_says_why_and_is_not_kept(script, project):
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"a failed: the end of .*log\.txt is\nnonsense\n$"):
+            runs.run_step(step(script), project / "out", "")
+
+
+def test_steps_wait_for_what_they_start_from(project):
+    out = project / "out"
+    order = [
+        step("sleep 0.2; touch $here/made", "data"),
+        step("test -e $here/../data/made; sleep 0.2; touch $here/made", "seed0"),
+        step("test -e $here/../data/made", "seed1"),
+        step("test -e $seed0/made", "b"),
+    ]
+    stamps = runs.run_all(order, out, jobs=4)
+    assert list(stamps) == ["data", "seed0", "seed1", "b"]
+    assert stamps["b"]["hash"] == runs.fingerprint(order[3], stamps["seed0"]["hash"])
+
+
+def test_a_failing_step_stops_those_that_start_from_it(project):
+    order = [step("true", "data"), step("false", "seed0"), step("echo $seed0", "b")]
+    with pytest.raises(UserError, match="seed0 failed"):
+        runs.run_all(order, project / "out", jobs=2)
+    assert not (project / "out" / "b").exists()
+
+
+def test_the_real_steps_know_their_scripts_and_files(tmp_path):
+    (tmp_path / "mine.json").write_text("[]")
+    steps = {step.name: step for step in runs.all_steps(tmp_path, 3, str(tmp_path / "mine.json"), quick=False)}
+    assert {"data", "seed0", "seed1", "seed2", "best", "rest", "measured", "proofs", "instructions"} <= steps.keys()
+    assert "train_ppo.py" in steps["seed1"].script and "prepare.py" not in steps["seed1"].script
+    for each in steps.values():
+        assert all(list(runs.ROOT.glob(pattern)) for pattern in each.code), each.name
+    before = runs.fingerprint(steps["instructions"])
+    (tmp_path / "mine.json").write_text("[1]")
+    assert runs.fingerprint(runs.recipe(tmp_path, str(tmp_path / "mine.json"))) != before
+    with pytest.raises(UserError, match="there is no file nowhere.json"):
+        runs.all_steps(tmp_path, 1, "nowhere.json", quick=False)
+
+
+def test_numbers_are_written_as_documents_quote_them():
+    assert [tables.fixed(x) for x in (4.086, -0.004, -3.0)] == ["4.09", "0.00", "-3.00"]
+    assert [tables.percent(0.7075), tables.percent(0.7075, 1)] == ["71%", "70.8%"]
+    errors = [tables.rounded(x) for x in (0, 2.6e-15, 3e-4, 0.0063, 0.044, 2.31, 12.0)]
+    assert errors == ["0", "3e-15", "3e-4", "0.0063", "0.044", "2.3", "12"]
+    for text in ["4.09", "0.00", "-3.00", "70.8%", "1.71 ± 0.07", "87 ± 1%", "16,148", *errors]:
+        numbers = {"a.b": text}
+        page = quotes.fill("It is <!--a.b-->.", quotes.Results(numbers))
+        assert page == f"It is {text}<!--a.b-->." and quotes.differences(page, quotes.Results(numbers)) == []
+
+
+def test_errors_of_the_tests_get_the_names_that_documents_ask_for(tmp_path):
+    (tmp_path / "measured.txt").write_text("""...
+ 2.2e-16 <= 1e-12  proofs/test_a.py::test_gae_is_a_sum
+ 3.3e-16 <= 1e-12  proofs/test_a.py::test_gae_too
+-1.0e-03 <= 1e-09  proofs/test_b.py::test_best_of_n
+ 6.0e-03 <= 2e-02  proofs/test_b.py::test_ppo[a b]
+4 passed
+""")
+    text = "0<!--proof.gae--> 0<!--proof.ppo--> 0<!--proof.unknown--> 0<!--parity.gae-->"
+    page = tables.Page()
+    table = tables.measured_errors(page, tmp_path / "measured.txt", "proof", text)
+    assert page.numbers == {"proof.gae": "3e-16", "proof.ppo": "0.006"}
+    assert table.count("\n") == 5 and "| 0     | 1e-09 | `proofs/test_b.py::test_best_of_n`" in table
+    with pytest.raises(
+        UserError, match=r"proof\.b begins the names of tests in proofs/test_a\.py and proofs/test_b\.py"
+    ):
+        text = "0<!--proof.b-->"
+        (tmp_path / "measured.txt").write_text(
+            " 1e-16 <= 1e-12  proofs/test_a.py::test_b\n 1e-16 <= 1e-12  proofs/test_b.py::test_bb\n"
+        )
+        tables.measured_errors(page, tmp_path / "measured.txt", "proof", text)
+
+
+def test_what_was_not_measured_stays_as_it_was(capsys):
+    sections = ["# Results", "## The pipeline\n\nOld.", "## Real instructions\n\nBefore.\n\n| a |", "## Speed\n\nFast."]
+    earlier = "\n\n".join([*sections, quotes.write_list("legend", {"ppo.gold": "1.00", "instructions.kl": "2.7"})])
+    page = tables.Page()
+    page.section("The pipeline", "New.")
+    page.section("Speed", "Faster.")
+    results.keep_earlier(page, earlier)
+    assert page.numbers == {"instructions.kl": "2.7"}
+    assert page.sections["The pipeline"] == "New." and page.sections["Speed"] == "Faster."
+    assert page.sections["Real instructions"] == "Before.\n\n| a |"
+    assert "Not measured yet" in page.sections["Parity with transformers"]
+    assert "--instructions FILE" in capsys.readouterr().out
+
+
+def test_a_report_that_is_not_there_is_refused_before_anything_runs():
+    with pytest.raises(UserError, match="--bench: there is no file nowhere.json"):
+        results.Config(bench="nowhere.json")
+
+
+def test_check_runs_nothing_and_names_the_line_that_differs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results.md")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(runs, "run_all", None)
+    config = results.Config(check=True)
+    with pytest.raises(UserError, match="there is no .*results.md"):
+        results.main(config)
+    (tmp_path / "results.md").write_text(quotes.write_list("legend", {"ppo.gold": "4.09"}))
+    (tmp_path / "README.md").write_text("# Page\n\nIt is 4.09<!--ppo.gold-->.\n")
+    results.main(config)
+    assert "quote" in capsys.readouterr().out
+    (tmp_path / "README.md").write_text("# Page\n\nIt is 4.10<!--ppo.gold-->.\n")
+    with pytest.raises(UserError, match=r"README\.md:3: ppo\.gold is 4\.09 in results\.md, not 4\.10"):
+        results.main(config)
+    assert "4.10" in (tmp_path / "README.md").read_text()

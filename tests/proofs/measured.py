@@ -1,0 +1,27 @@
+"""`python -m pytest tests/proofs --measured` prints the error that every test measured, and its bound."""
+
+import os
+
+import torch
+
+MEASURED = {}  # test -> (largest error over its parameters, the bound)
+
+
+def at_most(error, bound):
+    """Asserts error <= bound, and keeps both for the table."""
+    error = float(error.detach() if isinstance(error, torch.Tensor) else error)
+    test = os.environ.get("PYTEST_CURRENT_TEST", "").split("[")[0].split(" ")[0]
+    MEASURED[test] = max(MEASURED.get(test, (-1.0, bound)), (error, bound))
+    assert error <= bound, f"{error:.3g} is more than {bound:.3g}"
+
+
+def distance(a, b):
+    """The largest difference between two tensors, or between two lists of tensors."""
+    pairs = zip(a, b, strict=True) if isinstance(a, (list, tuple)) else [(a, b)]
+    return max((x - y).abs().max().item() for x, y in pairs)
+
+
+def relative(a, b):
+    """The norm of the difference between two gradients (lists of tensors), as a share of the second one's norm."""
+    difference = sum(((x - y) ** 2).sum() for x, y in zip(a, b, strict=True))
+    return (difference / sum((y**2).sum() for y in b)).sqrt().item()
