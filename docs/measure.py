@@ -1,0 +1,144 @@
+"""Measures what docs/faq.md says about the models of a quickstart and their logs do not.
+
+    python docs/measure.py out --json measured.json
+
+It also counts the defects of the demonstrations in data/notes.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [ROOT, os.path.join(ROOT, "data", "notes")]
+import gold  # noqa: E402
+from nanopost.checkpoint import atomic, freeze, load_model  # noqa: E402
+from nanopost.config import cli  # noqa: E402
+from nanopost.data import Batch, collate, load_examples, load_prompts  # noqa: E402
+from nanopost.records import read_records  # noqa: E402
+from nanopost.sampling import generate, sample_text  # noqa: E402
+from train_ppo import token_rewards  # noqa: E402
+
+STAGES = ("base", "sft", "dpo", "ppo", "ppo-beta0")
+NEW_TOKENS = 80
+PROMPTS = "data/notes/prompts_eval.jsonl"
+
+
+@dataclass
+class Config:
+    folder: str  # where quickstart.sh left its runs
+    json: str = "measured.json"  # file to write
+
+
+def log_ratios(policy, reference, batch: Batch) -> torch.Tensor:
+    """log pi - log pi_ref of every sampled token, (B, T-1) in nats, by full forward passes at temperature 1."""
+    logprobs, ref = (model.logprobs(model(batch.ids), batch.ids, batch.index) for model in (policy, reference))
+    return logprobs - ref
+
+
+def mean(x: torch.Tensor) -> list[float]:
+    """[mean, standard error]"""
+    return [x.mean().item(), (x.std() / len(x) ** 0.5).item()]
+
+
+def loss_tokens(tokenizer) -> dict:
+    """What the loss is on, in the held-out demonstrations."""
+    batch = collate(load_examples("data/notes/sft_valid.jsonl", tokenizer))
+    ends = int(((batch.ids[:, 1:] == tokenizer.end) & batch.mask).sum())
+    return {"targets": batch.targets, "tokens": int(batch.lengths.sum()), "ends": ends}
+
+
+def kl_estimates(policy, reference, sample) -> dict:
+    """Estimates of the KL from samples of the policy, and from samples that are not the policy's."""
+    batch = sample(policy)
+    tokens = log_ratios(policy, reference, batch)
+    answers = tokens.sum(1)
+    return {
+        "policy": mean(answers),
+        "negative_answers": (answers < 0).float().mean().item(),
+        "negative_tokens": (tokens[batch.mask] < 0).float().mean().item(),
+        "lowest": answers.min().item(),
+        "cold": mean(log_ratios(policy, reference, sample(policy, 0.7)).sum(1)),  # sampled at another temperature
+        "reference": mean(log_ratios(policy, reference, sample(reference)).sum(1)),  # sampled from another model
+    }
+
+
+def shortest_answer(policy, reference, reward_model, sample, tokenizer) -> dict:
+    """The token rewards of PPO, at beta 0.1, for the shortest of the policy's answers."""
+    batch = sample(policy)
+    k1 = log_ratios(policy, reference, batch)
+    scores = reward_model.score(batch.ids, batch.lengths)
+    rewards = token_rewards(scores, k1, torch.zeros_like(k1), batch.mask, 0.1)
+    row = int(batch.mask.sum(1).argmin())
+    columns = batch.mask[row].nonzero()[:, 0].tolist()
+    tokens = [[rewards[row, t].item(), tokenizer.decode([int(batch.ids[row, t + 1])])] for t in columns]
+    total = rewards[row].sum().item()
+    return {"tokens": tokens, "score": scores[row].item(), "kl": k1[row].sum().item(), "total": total}
+
+
+def sample_answers(models: dict, tokenizer, prompts, ids) -> list:
+    """[prompt, {stage: [gold reward, answer]}] for three prompts: the answers that `nanopost evaluate` shows."""
+    noise = torch.rand(2 * len(ids), NEW_TOKENS, generator=torch.Generator().manual_seed(0))
+    rows = [[prompt, {}] for prompt in prompts[:3]]
+    for stage, model in models.items():
+        answers = sample_text(model, tokenizer, ids[:3], NEW_TOKENS, noise=noise[:3])
+        for row, answer in zip(rows, answers, strict=True):
+            row[1][stage] = [gold.score([row[0]], [answer.text])[0], answer.text]
+    return rows
+
+
+def demonstrations() -> dict:
+    """How good the demonstrations of data/notes are, by the gold reward and its parts."""
+    records = [record for _, record in read_records("data/notes/sft_train.jsonl") if "prompt" in record]
+    answers = [(record["prompt"], record["completion"]) for record in records]
+    parts = [gold.explain(*answer) for answer in answers]
+    families = [gold.read_prompt(prompt)[0] for prompt, _ in answers]
+    scores = torch.tensor(gold.score(*zip(*answers, strict=True)))
+
+    def share(condition, among=lambda family: True):
+        chosen = [p for p, family in zip(parts, families, strict=True) if among(family)]
+        return sum(condition(p) for p in chosen) / len(chosen)
+
+    return {
+        "rude": share(lambda p: "rude" in p),
+        "filler": share(lambda p: "filler" in p),
+        "ending": share(lambda p: "closing" not in p and "kind" not in p, lambda family: family != "summarise"),
+        "wrong_name": share(lambda p: "wrong name" in p),
+        "wrong_sum": share(lambda p: p.get("result", 0) < 0, lambda family: family == "sum"),
+        "gold": scores.mean().item(),
+        "deviation": scores.std(correction=0).item(),
+        "excellent": (scores >= 4.5).float().mean().item(),
+    }
+
+
+@torch.no_grad()
+def main(config: Config):
+    models = {}
+    for stage in STAGES:
+        model, tokenizer = load_model(os.path.join(config.folder, stage))
+        models[stage] = freeze(model)
+    reward_model, _ = load_model(os.path.join(config.folder, "rm"), reward=True)
+    prompts, ids = load_prompts(PROMPTS, tokenizer, model.config.block_size - NEW_TOKENS)
+
+    def sample(model, temperature=1.0) -> Batch:
+        generator = torch.Generator().manual_seed(0)
+        options = dict(temperature=temperature, generator=generator, pad=tokenizer.pad)
+        return generate(model, ids, NEW_TOKENS, tokenizer.end, **options)
+
+    policy, reference = models["ppo"], models["sft"]
+    measured = {
+        "loss": loss_tokens(tokenizer),
+        "kl": kl_estimates(policy, reference, sample),
+        "shortest": shortest_answer(policy, reference, reward_model, sample, tokenizer),
+        "answers": sample_answers(models, tokenizer, prompts, ids),
+        "notes": demonstrations(),
+    }
+    with atomic(config.json) as f:
+        json.dump(measured, f, indent=1)
+
+
+if __name__ == "__main__":
+    cli(main, Config)

@@ -1,0 +1,143 @@
+"""Runs what the documents quote, writes docs/results.md, and fills the numbers into the documents.
+
+    python docs/results.py                          # or `make results`: about twenty minutes on two cores
+    python docs/results.py --instructions FILE      # also recipes/instructions.sh, on a file of yours
+    python docs/results.py --check                  # runs nothing: do the documents quote docs/results.md?
+
+What has run is kept in out/results, so a second call only rewrites the documents. docs/runs.py has the commands,
+docs/measure.py measures what the logs do not say, docs/tables.py makes tables and numbers of all that, and
+docs/quotes.py says how a document quotes a number.
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from docs import quotes, runs, tables  # noqa: E402
+from nanopost.checkpoint import atomic  # noqa: E402
+from nanopost.config import UserError, at_least, cli  # noqa: E402
+
+RESULTS = ROOT / "docs" / "results.md"
+
+
+def pages() -> dict[Path, str]:
+    """The documents that may quote numbers: {path: text}."""
+    folders = (".", "docs", "data/*", "tests/*", "lab", "forks", "exercises", "benchmarks")
+    paths = sorted({path for folder in folders for path in ROOT.glob(f"{folder}/*.md")} - {RESULTS})
+    return {path: path.read_text(encoding="utf-8") for path in paths}
+
+
+@dataclass
+class Config:
+    out: str = "out/results"  # folder for the runs
+    jobs: int = 2  # runs at a time, each on one thread
+    seeds: int = 3  # runs of the whole pipeline
+    instructions: str = ""  # a JSON list of instructions with preferences, for recipes/instructions.sh; empty: what
+    # results.md says about that recipe stays
+    bench: str = ""  # reports of benchmarks/bench.py --json, separated by commas; empty: the table of speeds stays
+    check: bool = False  # only compare the documents with results.md
+    quick: bool = False  # a few steps of everything, to try this command: writes results.md into --out, no document
+
+    def __post_init__(self):
+        at_least(self, 1, "jobs", "seeds")
+        for path in self.bench.split(",") if self.bench else []:
+            if not Path(path).is_file():
+                raise UserError(f"--bench: there is no file {path}")
+
+
+# title -> how to measure it, the names of its numbers
+OPTIONAL = {
+    "Parity with transformers": ('pip install -e ".[hf]"', "parity."),
+    "Real instructions": ("--instructions FILE", "instructions."),
+    "Speed": ("make bench BENCH='--json FILE ...', then --bench FILE", "speed."),
+}
+
+
+def keep_earlier(page: tables.Page, earlier: str):
+    """The sections of OPTIONAL that were not measured this time stay as they are in results.md, with their numbers."""
+    parts = re.split(r"^## (.*)\n\n", earlier, flags=re.MULTILINE)
+    sections, numbers = dict(zip(parts[1::2], parts[2::2])), quotes.read_results(earlier).numbers
+    for title, (how, prefix) in OPTIONAL.items():
+        if title not in page.sections:
+            page.section(title, sections.get(title, f"Not measured yet ({how}).").strip())
+            page.numbers |= {name: value for name, value in numbers.items() if name.startswith(prefix)}
+            print(f"{title}: not measured ({how}), left as it was")
+
+
+# ------------------------------------------------------------------------------------------------------- results.md
+
+HEAD = """# Results
+
+Everything that was measured here. `make results` writes this page, and its numbers into the other documents.
+
+Measured on {date} on {processor} ({capability}), {cores} cores, one thread per run, fp32;
+Python {Python}, torch {torch}; seeds {seeds}. Another machine rounds differently, and its numbers differ a little."""
+
+LEGEND = """\
+- STAGE.COLUMN: the tables above, seed 0; seedN.STAGE.COLUMN: another seed; STAGE.way: how much of the way from the SFT
+  model's gold reward to the best possible; STAGE.seconds: training alone; quickstart.minutes: mean over the seeds
+- greedy.STAGE.COLUMN: at temperature 0; best4, best16, rest1, rest2: best of n, and one and two rounds of ReST
+- RUN.METRIC.first, last, most: what the runs of seed 0 logged; ppo.first_ratio, ppo.first_approxkl: in the first
+  minibatch of an iteration, the value farthest from 1 and from 0; value-coef: PPO with `--value-coef 0.1`
+- kl: log π - log π_ref of PPO's policy on 500 answers, in nats per answer; cold: sampled at temperature 0.7;
+  reference: sampled from the reference; negative_answers, negative_tokens: how many are below 0
+- loss: tokens of the held-out demonstrations, targets among them, ends among those; shortest: the answer above
+- notes: the demonstrations of data/notes; sums: right answers to 200 held-out sums before and after PPO
+- proof, parity: errors of the tests whose names begin so; proof.mistakes: how many are planted"""
+
+
+def collect(config: Config, out: Path, stamps: dict) -> tables.Page:
+    """All sections and numbers."""
+    page, documents = tables.Page(), "".join(pages().values())
+    measured = json.loads((out / "measured" / "measured.json").read_text())
+    tables.pipeline(page, out, stamps)
+    tables.sample_answers(page, measured)
+    tables.best_of_n(page, out)
+    tables.sums(page, out)
+    tables.logs(page, out)
+    tables.closer_look(page, measured)
+    tables.proofs(page, out, documents)
+    if "parity" in stamps:
+        tables.parity(page, out, stamps["parity"], documents)
+    if "instructions" in stamps:
+        tables.instructions(page, out, stamps["instructions"])
+    if config.bench:
+        tables.speed(page, config.bench.split(","))
+    return page
+
+
+def main(config: Config):
+    out = Path(config.out).resolve()
+    target = out / "results.md" if config.quick else RESULTS
+    if not config.check:
+        stamps = runs.run_all(runs.all_steps(out, config.seeds, config.instructions, config.quick), out, config.jobs)
+        page = collect(config, out, stamps)
+        keep_earlier(page, target.read_text(encoding="utf-8") if target.exists() else "")
+        date = max(stamp["date"] for stamp in stamps.values())
+        head = HEAD.format(date=date, seeds=", ".join(map(str, range(config.seeds))), **runs.conditions())
+        sections = [f"## {title}\n\n{text}" for title, text in page.sections.items()]
+        with atomic(str(target)) as f:
+            f.write("\n\n".join([head, *sections, quotes.write_list(LEGEND, page.numbers)]))
+        print(f"wrote {target}")
+    if config.quick:
+        return
+    if not RESULTS.exists():
+        raise UserError(f"there is no {RESULTS}; run docs/results.py")
+    results, texts = quotes.read_results(RESULTS.read_text(encoding="utf-8")), pages()
+    for path, text in texts.items():
+        filled = quotes.fill(text, results)
+        if not config.check and filled != text:
+            texts[path] = filled
+            with atomic(str(path)) as f:
+                f.write(filled)
+            print(f"filled {path.relative_to(ROOT)}")
+    quotes.check({str(path.relative_to(ROOT)): text for path, text in texts.items()}, results)
+    print(f"the documents quote {RESULTS.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    cli(main, Config)
