@@ -5,8 +5,8 @@
 
 (Rafailov et al., arXiv 2305.18290, equation 7.) y_w is the chosen answer, y_l the rejected one, pi_ref the SFT model
 that training starts from. The log-probability of an answer is the sum over its tokens, <|end|> included. The implicit
-reward beta log(pi/pi_ref) is fitted to the pairs just as a reward model would be, and its optimum is the policy that
-maximises that reward under a KL penalty of weight beta: pi* = pi_ref exp(r/beta) / Z.
+reward beta log(pi/pi_ref) is fitted to the pairs just as a reward model r would be. Where the fit is exact, pi is the
+policy that maximises r under a KL penalty of weight beta: pi* = pi_ref exp(r/beta) / Z.
 
     python train_dpo.py --init out/sft --data out/prefs/train.jsonl --valid out/prefs/valid.jsonl --out out/dpo
 """
@@ -34,10 +34,10 @@ class Config(Options):
     out: str = "out/dpo"  # folder to write
     beta: float = 0.1  # weight of the implicit KL penalty: higher stays closer to the reference
     label_smoothing: float = 0.0  # assumed share of wrong labels (conservative DPO)
-    epochs: float = 1.0  # passes over the pairs; more over-fit
+    epochs: float = 1.0  # passes over the pairs; more than one over-fits
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
     batch_size: int = 32  # pairs per step
-    micro_batch: int = 16  # pairs per forward pass (beyond the CPU cache it gets slower); 0: the whole batch at once
+    micro_batch: int = 16  # pairs per forward pass (more than a CPU cache holds are slower); 0: the whole batch
     lr: float = 1e-4  # peak learning rate; 5e-6 suits GPT-2 124M
     warmup: float = 0.1  # share of the steps in which the learning rate rises; then it falls linearly to 0
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
@@ -48,10 +48,10 @@ class Config(Options):
     def __post_init__(self):
         super().__post_init__()
         self.keep_apart("init")
-        at_least(self, 1, "batch_size", "max_new_tokens", "eval_every")
-        at_least(self, 0, "micro_batch", "lr", "beta")
+        at_least(self, 1, "batch_size", "max_new_tokens", "eval_every", "eval_pairs")
+        at_least(self, 0, "steps", "epochs", "micro_batch", "lr")
         between(self, 0, 0.499, "label_smoothing")
-        if self.beta == 0:
+        if not self.beta > 0:
             raise UserError("--beta must be above 0: without it there is nothing to learn")
 
 

@@ -2,8 +2,8 @@
 
     max over pi:  E[ r(x, y) - beta log( pi(y|x) / pi_ref(y|x) ) ]          optimum  pi* = pi_ref exp(r / beta) / Z
 
-(InstructGPT, arXiv 2203.02155, equation 2.) An answer is an episode, each token an action. An iteration samples answers
-and computes, with k_t = log pi_old(y_t|s_t) - log pi_ref(y_t|s_t),
+(InstructGPT, arXiv 2203.02155, equation 2, without pretraining.) An answer is an episode, each token an action.
+PPO samples answers and computes, with k_t = log pi_old(y_t|s_t) - log pi_ref(y_t|s_t),
 
     R_t = -beta k_t, plus the score r(x, y) on the last token                              rewards
     A_t = sum_l (gamma lambda)^l delta_{t+l},  delta_t = R_t + gamma V(s_{t+1}) - V(s_t)   GAE, arXiv 1506.02438, eq. 16
@@ -13,13 +13,12 @@ then, for a few epochs over them, with rho_t = pi_theta(y_t|s_t) / pi_old(y_t|s_
 
     L = mean_t max(-A rho, -A clip(rho, 1-eps, 1+eps))  +  c_v/2 mean_t max((V-G)^2, (clip(V, V_old +- eps_v) - G)^2)
 
-(PPO, arXiv 1707.06347, equation 7; the clipped value is OpenAI's baselines'.) One trunk, unless --critic gives another.
+(PPO, arXiv 1707.06347, equation 7; the clipped value loss is from OpenAI's baselines.) --critic separates the values.
 
     python train_ppo.py --init out/sft --reward out/rm --prompts data/notes/prompts_train.jsonl --out out/ppo
 """
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
@@ -36,7 +35,7 @@ from nanopost.sampling import generate, show_answers
 
 @dataclass
 class Config(Options):
-    init: str = "out/sft"  # folder of the SFT model: the policy's start, and the reference
+    init: str = "out/sft"  # folder of the SFT model: policy and reference start there
     reward: str = "out/rm"  # folder of a reward model, or a Python function: file.py:function
     critic: str = ""  # folder of a reward model to start a separate critic from; empty: a shared trunk
     prompts: str = "data/notes/prompts_train.jsonl"  # prompts to train on
@@ -48,16 +47,16 @@ class Config(Options):
     batch_size: int = 128  # answers per iteration
     epochs: int = 2  # passes over the answers of an iteration
     minibatches: int = 2  # optimizer steps per pass
-    micro_batch: int = 32  # answers per forward pass; 0: the whole minibatch at once
+    micro_batch: int = 32  # answers per forward pass of an update; 0: the whole minibatch at once
     max_new_tokens: int = 80  # longest answer
-    temperature: float = 1.0  # sampling temperature, applied to every log-probability too
+    temperature: float = 1.0  # sampling temperature, applied to log-probabilities too
     beta: float = 0.1  # weight of the KL penalty; with 0 the policy learns to hack the reward model
     kl_target: float = 0.0  # adapt beta to hold this KL, in nats per answer; 0: beta stays as it is
-    kl_horizon: int = 10000  # answers in which beta changes by at most a fifth
+    kl_horizon: int = 10000  # answers per change of beta by at most 20%
     gamma: float = 1.0  # discount factor
     lam: float = 0.95  # GAE's lambda
     clip: float = 0.2  # range of the probability ratio: 1 - clip to 1 + clip
-    value_clip: float = 0.2  # largest change of a value that the value loss rewards
+    value_clip: float = 0.2  # range of a value around its old value
     value_coef: float = 0.5  # weight of the value loss
     missing_end_score: float = -1.0  # score of an answer that does not end
     lr: float = 5e-4  # peak learning rate, falling linearly to 0; 1e-5 suits GPT-2 124M
@@ -69,7 +68,8 @@ class Config(Options):
     def __post_init__(self):
         super().__post_init__()
         self.keep_apart("init", "reward", "critic")
-        at_least(self, 1, "batch_size", "epochs", "minibatches", "max_new_tokens", "kl_horizon", "eval_every")
+        at_least(self, 1, "steps", "batch_size", "epochs", "minibatches", "max_new_tokens", "kl_horizon")
+        at_least(self, 1, "eval_every", "eval_prompts")
         at_least(self, 0, "micro_batch", "lr", "beta", "clip", "value_clip")
         between(self, 0, 1, "gamma", "lam")
         if self.temperature <= 0:
@@ -80,7 +80,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """scores (B,), the rest (B, T) -> rewards (B, T): -beta k1 at every response token, the score on the last.
 
     (B, T) is target-aligned here and below, with response tokens where the mask is True. k1 = log pi - log pi_ref of
-    the sampled token has mean KL(pi || pi_ref), and as a reward it gives the right gradient too.
+    the sampled token (joschu.net/blog/kl-approx.html) has mean KL(pi || pi_ref), and as a reward the right gradient.
     """
     rewards = (-beta * (logprobs - ref_logprobs)).masked_fill(~mask, 0.0)
     last = mask.long().cumsum(1).argmax(1, keepdim=True)  # (B, 1): where the count of response tokens is complete
@@ -139,7 +139,7 @@ class Models:
     policy: GPT  # what is trained
     critic: GPT  # what predicts values: the policy, by a head on its trunk, or a network of its own
     reference: GPT  # the frozen SFT model
-    score: Callable  # what judges: score(prompts, batch) -> (B,)
+    score: object  # what judges: score(prompts, batch) -> (B,)
 
 
 @torch.no_grad()
@@ -225,14 +225,14 @@ def answer_means(batch):
 
 
 def statistics(batch, history, beta):
-    """What to watch. Per-token means are over response tokens only."""
+    """What to watch, by TRL's names (val/ratio is the policy's). Per-token means are over response tokens only."""
     answers = answer_means(batch)
     mask = batch.mask
     returns = batch.returns[mask]
     errors = (batch.returns - batch.values)[mask]
     distinct = {tuple(ids[m].tolist()) for ids, m in zip(batch.ids[:, 1:], mask, strict=True)}
-    means = {name: sum(stats[name] for stats in history) / len(history) for name in history[0]}
-    means |= {f"objective/{name}": answers[name] for name in ("scores", "kl", "entropy")}
+    means = {f"objective/{name}": answers[name] for name in ("scores", "kl", "entropy")}
+    means |= {name: sum(stats[name] for stats in history) / len(history) for name in history[0]}
     return means | {
         "val/first_approxkl": history[0]["policy/approxkl"],
         "val/first_ratio": history[0]["val/ratio"],
@@ -252,7 +252,7 @@ def statistics(batch, history, beta):
 def main(config: Config):
     run = Run("ppo", config)
     if config.minibatches * run.world > config.batch_size:
-        raise UserError(f"--batch-size must be at least --minibatches x {run.world} processes")
+        raise UserError("--batch-size must be at least --minibatches times the number of processes")
 
     # models: the policy with its values, the reference it must stay near, and what judges the answers
     policy, tokenizer = load_model(config.init, run.device)
@@ -261,9 +261,9 @@ def main(config: Config):
     trained = {"model": policy}
     if config.critic:
         critic = load_reward_model(config.critic, tokenizer, config.init, block_size, run.device)
-        trained["critic"] = critic.requires_grad_(True)
+        trained["critic"] = critic.requires_grad_(True)  # it was loaded frozen
     else:
-        critic = policy.add_head(std=0.0)  # values begin at 0 and do not disturb the trunk
+        critic = policy.add_head(std=0.0)  # values begin at 0
     score = load_reward(config.reward, tokenizer, config.init, block_size, run.device)
     models = Models(policy, critic, reference, score)
 
@@ -292,7 +292,7 @@ def main(config: Config):
     if first is None:
         return
     order = chain.from_iterable(batches(prompt_ids, config.batch_size, config.seed, window=1))
-    order = islice(order, first * config.batch_size, None)  # one endless stream: every batch is full
+    order = islice(order, first * config.batch_size, None)  # one endless stream
     if valid and first == 0:
         report(0)
     for step in run.steps(first, config.steps):

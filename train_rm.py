@@ -37,21 +37,21 @@ class Config(Options):
     epochs: float = 1.0  # passes over the pairs; more than one over-fits
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
     batch_size: int = 16  # pairs per step
-    micro_batch: int = 16  # pairs per forward pass (beyond the CPU cache it gets slower); 0: the whole batch at once
+    micro_batch: int = 16  # pairs per forward pass (more than a CPU cache holds are slower); 0: the whole batch
     lr: float = 1e-3  # peak learning rate; 2e-5 suits GPT-2 124M
     warmup: float = 0.05  # share of the steps in which the learning rate rises; then it falls linearly to 0
     weight_decay: float = 0.0  # weight decay, on matrices only
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     normalise: int = 512  # sampled answers of the initial model whose scores get mean 0, standard deviation 1; 0: off
-    max_new_tokens: int = 80  # longest of these answers
+    max_new_tokens: int = 80  # longest answer sampled for --normalise
     eval_every: int = 200  # steps between two evaluations on held-out pairs
     eval_pairs: int = 500  # held-out pairs to evaluate on
 
     def __post_init__(self):
         super().__post_init__()
         self.keep_apart("init")
-        at_least(self, 1, "batch_size", "max_new_tokens", "eval_every")
-        at_least(self, 0, "micro_batch", "lr", "weight_decay")
+        at_least(self, 1, "batch_size", "max_new_tokens", "eval_every", "eval_pairs")
+        at_least(self, 0, "steps", "epochs", "micro_batch", "lr", "weight_decay", "normalise")
 
 
 def pairwise_loss(chosen, rejected):
@@ -113,7 +113,7 @@ def normalise(model, answers):
 def main(config: Config):
     run = Run("rm", config)
 
-    # model: the SFT trunk and a fresh head, its weights N(0, 1/sqrt(d+1))
+    # model: the SFT trunk and a fresh head, its weights of variance 1/(d+1) (Stiennon et al.)
     sft, tokenizer = load_model(config.init, run.device)
     model, _ = load_model(config.init, run.device)
     model.add_head(std=1 / math.sqrt(model.config.n_embd + 1))
@@ -122,7 +122,6 @@ def main(config: Config):
     # data
     pairs = load_pairs(config.data, tokenizer, block_size)
     valid = load_pairs(config.valid, tokenizer, block_size, config.eval_pairs)
-    valid.sort(key=len)
     total = config.steps or round(config.epochs * math.ceil(len(pairs) / config.batch_size))
     warmup = round(config.warmup * total)
 

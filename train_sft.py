@@ -4,7 +4,7 @@ r"""Supervised fine-tuning: imitate good answers.
 
 The mask m is 1 where the next token belongs to an assistant's answer, its <|end|> included, and 0 on prompts and
 padding: the model learns to answer and to stop, not to ask. Both sums run over the whole optimizer step, so the split
-into micro-batches changes nothing. It is the maximum-likelihood estimate (InstructGPT, arXiv 2203.02155, section 3.5).
+into micro-batches changes nothing. Minimising L is maximum likelihood (InstructGPT, arXiv 2203.02155, section 3.5).
 
 With {"text"} records every token is a target: that is pretraining, with the same loss.
 
@@ -55,7 +55,7 @@ class Config(Options):
         super().__post_init__()
         self.keep_apart("init")
         at_least(self, 1, "batch_size", "max_new_tokens", "eval_every")
-        at_least(self, 0, "micro_batch", "lr", "weight_decay")
+        at_least(self, 0, "steps", "epochs", "micro_batch", "lr", "weight_decay")
 
 
 def masked_cross_entropy(logits, targets, mask, count=None, nll=token_nll):
@@ -75,7 +75,7 @@ def batch_loss(model, batch, count=None):
     N positions are batch.index."""
     hidden = model(batch.ids)[:, :-1].flatten(0, 1)[batch.index]  # (B, T, C) -> (B, T-1, C) -> (N, C)
     targets = batch.ids[:, 1:].flatten()[batch.index]  # (N,)
-    mask = batch.mask.flatten()[batch.index]  # (N,): all True
+    mask = batch.mask.flatten()[batch.index]  # (N,), all True: the selection above is already the mask
     return masked_cross_entropy(model.logits(hidden), targets, mask, count, model.nll)
 
 

@@ -1,9 +1,9 @@
 """What a run writes: one self-contained folder.
 
 A finished one holds config.json (model, method, arguments), model.pt (tensors only), vocab.tiktoken and metrics.jsonl;
-an unfinished one holds state.pt, to resume from; step-N are kept copies of the model. Every file is written under a
-temporary name, flushed, then renamed, and config.json comes last: a folder that has one is complete. Nothing that is
-loaded is ever unpickled.
+an unfinished one holds state.pt, to resume from; step-N are kept copies of the model. Every file but the growing
+metrics.jsonl is written under a temporary name, flushed, then renamed, and config.json comes last: a folder that has
+one is complete. Loading runs no code: only tensors and plain values are read.
 """
 
 import contextlib
@@ -51,11 +51,12 @@ class Folder:
         """Raises UserError if the folder holds a run, finished or not."""
         if self.finished():
             raise UserError(f"{self.path} holds a finished run; give --overwrite to replace it, or another --out")
-        if os.path.exists(self.state):
+        if any(os.path.exists(os.path.join(self.path, name)) for name in ("state.pt", "metrics.jsonl")):
             raise UserError(f"{self.path} holds an unfinished run; give --resume to continue it, or --overwrite")
 
-    def remove_earlier_run(self):
-        """Deletes the earlier run's files, but its weights: they are replaced."""
+    def replace_earlier_run(self):
+        """Makes the folder; deletes an earlier run's files in it except the weights, which are replaced at the end."""
+        os.makedirs(self.path, exist_ok=True)
         self.remove("state.pt", "config.json", "metrics.jsonl")
         folders = ["tensorboard", *glob.glob("step-[0-9]*", root_dir=self.path)]
         for folder in folders if self.writes else ():

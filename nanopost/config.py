@@ -25,7 +25,7 @@ class UserError(ValueError):
 
 def flag(name: str) -> str:
     """The option of a field: batch_size -> --batch-size."""
-    return "--" + name.removeprefix("--").replace("_", "-")
+    return "--" + name.replace("_", "-")
 
 
 def between(config, low: float, high: float, *names: str):
@@ -49,7 +49,7 @@ def field_comments(config_class) -> dict[str, str]:
     for cls in filter(dataclasses.is_dataclass, reversed(config_class.__mro__)):
         fields, name = {field.name for field in dataclasses.fields(cls)}, None
         for line in inspect.getsource(cls).splitlines():
-            field = re.match(r"\s+(\w+):[^#]*(?:# *(.*))?$", line)
+            field = re.match(r"""\s+(\w+):(?:[^#"']|"[^"]*"|'[^']*')*(?:# *(.*))?$""", line)
             more = re.match(r"\s+# *(.*)$", line)
             if field and field[1] in fields:
                 name = field[1]
@@ -74,6 +74,9 @@ def whole_number(text: str) -> int:
     return int(value)
 
 
+whole_number.__name__ = "whole number"  # what argparse calls it in errors
+
+
 def parse(config_class, argv=None, prog=None):
     """The config that the command line describes. `--no-x` turns a flag off; `--log_every` is `--log-every` too."""
     doc = inspect.getdoc(inspect.getmodule(config_class)) or ""
@@ -81,22 +84,22 @@ def parse(config_class, argv=None, prog=None):
     types, comments = typing.get_type_hints(config_class), field_comments(config_class)
     for field in dataclasses.fields(config_class):
         kind, default = types[field.name], field.default
+        convert = whole_number if kind is int else kind
         help = comments.get(field.name, "").replace("%", "%%")
         if default not in ("", None, dataclasses.MISSING):
             help += f" (default: {default})"
         if typing.get_origin(kind) is list:  # a list of paths: a positional argument
             parser.add_argument(field.name, nargs="+", help=help)
         elif default is dataclasses.MISSING:  # what the command is about: a positional argument too
-            parser.add_argument(field.name, type=kind, help=help)
+            parser.add_argument(field.name, type=convert, help=help)
         elif kind is bool:
             parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, default=default, help=help)
         else:
-            convert = whole_number if kind is int else kind
             parser.add_argument(
                 flag(field.name), type=convert, default=default, metavar=kind.__name__.upper(), help=help
             )
     argv = sys.argv[1:] if argv is None else argv
-    argv = [flag(a.split("=")[0]) + a[len(a.split("=")[0]) :] if a.startswith("--") else a for a in argv]
+    argv = [re.sub("^--[^=]+", lambda option: option[0].replace("_", "-"), a) for a in argv]
     return config_class(**vars(parser.parse_args(argv)))
 
 
@@ -108,7 +111,8 @@ def cli(main, config_class, argv=None, prog=None):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # no such folder, no permission, no space
-        print(f"error: {error.strerror}: {error.filename}", file=sys.stderr)
+        what = f"{error.strerror}: {error.filename}" if error.filename else error
+        print(f"error: {what}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -23,18 +23,18 @@ from nanopost.config import UserError
 from nanopost.device import to_device
 from nanopost.records import Drop, conversation, convert, read_records, require, with_prompt
 
-PAD_TO = 8  # rows are padded to a multiple of this (as block_size is one): few shapes, little padding
+PAD_TO = 8  # rows are padded to a multiple of this, and block_size is one: few shapes, little padding
 
 
 @dataclass
 class Example:
-    """One sequence on the host: its token ids and, per token, whether it is a target of the loss."""
+    """One sequence on the host: its ids, and a mask that is True where ids[i] itself is a target (Batch shifts it)."""
 
     ids: list[int]
     mask: list[bool]
-    text: str = ""  # if it was sampled: the response without <|end|>
-    ended: bool = False  # whether it did
-    logprob: float = 0.0  # of the response, in nats
+    text: str = ""  # only if sampled: the response without <|end|>
+    ended: bool = False  # only if sampled: whether <|end|> came
+    logprob: float = 0.0  # only if sampled: of the response, in nats
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,7 +71,7 @@ class Batch:
     lengths: torch.Tensor  # (B,) int64: real tokens per row
     index: torch.Tensor | None = None  # (N,) int64: the flat positions of the targets in (B, T-1)
     # if the rows were sampled
-    logprobs: torch.Tensor | None = None  # (B, T-1) nats, under the distribution sampled from
+    logprobs: torch.Tensor | None = None  # (B, T-1) nats, at the sampling temperature (0: at 1)
     values: torch.Tensor | None = None  # (B, T-1), if the model has a scalar head
     ended: torch.Tensor | None = None  # (B,) bool
     # what PPO's losses need

@@ -6,7 +6,8 @@ from nanopost.config import UserError
 
 
 def find_device(name: str) -> torch.device:
-    """The device of this name; auto is the first GPU if there is one. Raises UserError if it is unavailable."""
+    """The device of this name, made current; auto is the first GPU if there is one. Raises UserError if it is
+    unavailable."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -15,7 +16,7 @@ def find_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a new, slow plan for every new shape
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew for every shape, and ours vary
     return device
 
 

@@ -22,8 +22,8 @@ class Metrics:
         self.lines = [header]
 
     def add(self, step: int, seconds: float, metrics: dict[str, float]):
-        """A line: `step` updates made, seconds since the start, and the metrics, with six digits. JSON has no NaN: null
-        where a statistic is undefined."""
+        """A line: updates made, seconds since the start, and the metrics, with six significant digits; null (JSON has
+        no NaN) where a statistic is undefined."""
         numbers = {name: float(f"{x:.6g}") if math.isfinite(x) else None for name, x in metrics.items()}
         self.lines.append({"step": step, "seconds": round(seconds, 2)} | numbers)
 

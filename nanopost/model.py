@@ -23,7 +23,7 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-LOGIT_ROWS = 2**13  # rows of fp32 logits that exist at once: 1.6 GB for GPT-2's vocabulary
+LOGIT_ROWS = 2**13  # rows of logits at once, without gradients: 1.6 GB in fp32 for GPT-2; autograd keeps them all
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -150,7 +150,9 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif "ln_" not in name:  # GPT-2: N(0, 0.02), residual projections shrunk so that the sum keeps its size
+            elif (
+                "ln_" not in name
+            ):  # GPT-2: standard deviation 0.02, less in residual projections: their sum keeps its size
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
 
     @classmethod
@@ -166,7 +168,7 @@ class GPT(nn.Module):
         return model
 
     def add_head(self, std: float):
-        """Adds a fresh scalar head: weights N(0, std), bias 0 (std 0: its output is 0 everywhere)."""
+        """Adds a fresh scalar head: weights of standard deviation std, bias 0 (std 0: its output is 0 everywhere)."""
         self.config.scalar_head = True
         self.head = nn.Linear(self.config.n_embd, 1).to(self.wte.weight)
         nn.init.normal_(self.head.weight, std=std)
@@ -194,7 +196,7 @@ class GPT(nn.Module):
             position, mask = torch.arange(T, device=device), None  # (T,)
         x = self.drop(self.wte(ids) + self.wpe(position))  # (B, T, C)
         for layer, block in enumerate(self.h):
-            # a decoding step has shapes of its own: .forward bypasses torch.compile
+            # with a cache the shapes are others: .forward bypasses torch.compile
             x = block(x) if cache is None else block.forward(x, cache.kv[layer], cache.pos, mask)
         if decoding:
             cache.pos.add_(1)

@@ -73,7 +73,8 @@ def conversation(where: str, record: dict, key: str, role: str) -> list[dict]:
         if message.get("role") not in ROLES:
             raise UserError(f"{where}: {key}: the role must be one of {', '.join(ROLES)}, not {message.get('role')!r}")
         if message["role"] == "assistant" and not message["content"].strip():
-            raise UserError(f"{where}: {key} is empty; remove the record or give it an answer")
+            what = key if len(value) == 1 else f"{key}: an assistant's turn"
+            raise UserError(f"{where}: {what} is empty; remove the record or give it an answer")
     if key == "prompt" and value[-1]["role"] != role:
         raise UserError(f"{where}: {key} must end with a turn of the {role}")
     if key not in ("prompt", "messages") and not value[0]["role"] == value[-1]["role"] == role:

@@ -18,23 +18,23 @@ from nanopost.model import GPT
 
 
 def load_reward(spec: str, tokenizer, owner: str, block_size: int, device):
-    """The judge as a function score(prompts, answers) -> (N,), for training, normalisation and evaluation alike.
+    """The judge as a function score(prompts, answers) -> (N,).
 
     answers: Examples as sample_text returns them, or the Batch that generate returned. spec: the folder of a reward
     model (the rest is as for load_reward_model), or file.py:function, whose numbers keep their float64."""
-    if ".py:" in spec:
+    if spec.partition(":")[0].endswith(".py"):
         function = load_function(spec)
 
         def score(prompts, answers):
-            sampled = isinstance(answers, Batch)
-            texts = map(tokenizer.decode, answers.responses()) if sampled else [answer.text for answer in answers]
+            batched = isinstance(answers, Batch)
+            texts = map(tokenizer.decode, answers.responses()) if batched else [answer.text for answer in answers]
             return torch.tensor(call_reward(function, prompts, list(texts)), dtype=torch.float64)
     else:
         model = load_reward_model(spec, tokenizer, owner, block_size, device)
 
         def score(prompts, answers):
-            sampled = isinstance(answers, Batch)
-            return model.score(answers.ids, answers.lengths) if sampled else score_examples(model, answers)
+            batched = isinstance(answers, Batch)
+            return model.score(answers.ids, answers.lengths) if batched else score_examples(model, answers)
 
     return score
 

@@ -21,7 +21,7 @@ from nanopost.metrics import Metrics
 from nanopost.model import token_nll
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-WITHOUT_EFFECT = ("resume", "overwrite", "out", "compile", "log_every", "keep_every", "logs")  # on what a run computes
+MAY_CHANGE = ("resume", "overwrite", "out", "compile", "log_every", "keep_every", "logs")  # when a run is resumed
 
 
 @dataclass
@@ -29,16 +29,16 @@ class Options:
     """The options that all training scripts share."""
 
     out: str = "out/run"  # folder to write
-    overwrite: bool = False  # replace the run that is in that folder
-    resume: bool = False  # continue from the last checkpoint in that folder
+    overwrite: bool = False  # replace the run that is in --out (without effect with --resume)
+    resume: bool = False  # continue from the last checkpoint in --out
     seed: int = 0  # seed of the initialisation, the data order and the sampling
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # precision of computation: fp32, bf16, fp16 or auto (the best on CUDA, else fp32)
-    compile: bool = True  # torch.compile the blocks and the cross-entropy (on CUDA only)
+    compile: bool = True  # on CUDA, torch.compile the blocks and the cross-entropy
     log_every: int = 10  # steps between two lines of metrics.jsonl
     save_every: int = 200  # steps between two checkpoints
-    keep_every: int = 0  # steps between two copies of the model that are kept, in step-N of the folder; 0: none
-    logs: str = ""  # tensorboard: write the metrics for tensorboard too, into the folder's tensorboard/
+    keep_every: int = 0  # steps between two copies of the model that are kept, in --out/step-N; 0: none
+    logs: str = ""  # tensorboard: also write the metrics in its format, to --out/tensorboard
 
     def __post_init__(self):
         at_least(self, 1, "log_every", "save_every")
@@ -51,7 +51,7 @@ class Options:
             raise UserError('--logs tensorboard needs a package: pip install tensorboard (or "nanopost[logs]")')
 
     def keep_apart(self, *names: str):
-        """Raises UserError if the folder to write is, or contains as a kept copy, one that the run starts from."""
+        """Raises UserError if the run would overwrite a folder that it starts from, or a run whose step-N it is."""
         for name in names:
             folder = getattr(self, name)
             path = os.path.realpath(folder)
@@ -72,12 +72,12 @@ def schedule(step: int, total: int, warmup: int = 0) -> float:
     total + 1."""
     if step <= warmup:
         return step / (warmup + 1)
-    return (total - step + 1) / max(1, total - warmup)
+    return (total - step + 1) / (total - warmup)
 
 
 class Run:
-    """One training run: device, precision, seed, processes, and its folder. Raises UserError if the folder holds a run
-    and neither --overwrite nor --resume is given."""
+    """One training run and its folder. Making it seeds PyTorch, joins the other processes and picks the precision.
+    Raises UserError if the folder holds a run and neither --overwrite nor --resume is given."""
 
     def __init__(self, method: str, options: Options):
         self.method = method
@@ -94,6 +94,7 @@ class Run:
         self.metrics = Metrics(options.out, self.info, bool(options.logs), silent=self.rank > 0)
         self.bar = None
         self.started = time.time()
+        self.grad_norm = 0.0
         torch.set_float32_matmul_precision("high")  # TF32 where there are tensor cores
         torch.manual_seed(options.seed)
 
@@ -145,14 +146,13 @@ class Run:
     # -- the loop
 
     def start(self, modules: dict, optimizer, tokenizer, state: dict | None = None, save_head: bool = True):
-        """Makes the folder or, with --resume, restores the last checkpoint. Returns the number of steps already made,
-        or None if the run to resume is finished. Call it when all inputs are loaded.
+        """With --resume, restores the last checkpoint. Returns the number of steps already made, or None if the run to
+        resume is finished. Call it when all inputs are loaded.
 
         modules {name: model} are trained; the one called "model" is saved, with its scalar head if save_head. `state`
         is the script's own dict of numbers that change from step to step: checkpointed, and restored in place."""
         self.modules, self.optimizer, self.state = modules, optimizer, {} if state is None else state
         self.save_model = lambda name: self.folder.save(name, modules["model"], tokenizer, self.info, save_head)
-        os.makedirs(self.options.out, exist_ok=True)
         saved = self.folder.restore() if self.options.resume else None
         self.fresh = saved is None
         if self.options.resume and self.fresh:
@@ -173,13 +173,13 @@ class Run:
         devices = f"{self.device} x {self.world}" if self.world > 1 else f"{self.device}"
         how = f"{str(self.dtype)[6:]}, {torch.get_num_threads()} threads, {size:.2f}M parameters"
         self.print(f"{self.method}: {total} steps on {devices}, {how} -> {self.options.out}")
-        off = self.rank > 0 or None  # None: only where the output is no terminal
+        off = self.rank > 0 or None  # None: tqdm shows the bar only in a terminal
         steps = range(first + 1, total + 1)
         self.bar = tqdm(steps, self.method, total, initial=first, disable=off, dynamic_ncols=True)
         return self.bar
 
     def due(self, step: int, every: int) -> bool:
-        """Whether something that happens every so many steps happens after this one; the last step counts."""
+        """Whether this step is a multiple of `every`, or the last one."""
         return step % every == 0 or step == self.total
 
     def log(self, step: int, metrics: dict):
@@ -196,14 +196,14 @@ class Run:
 
         The first call deletes an earlier run's files: by then the first step has succeeded, so an immediate failure
         costs nothing. A copy comes before the checkpoint: a run resumed from there will not make it again."""
-        if self.fresh:
-            self.folder.remove_earlier_run()
-            self.fresh = False
-        self.metrics.flush()
         keep = self.options.keep_every and step % self.options.keep_every == 0
         checkpoint = step % self.options.save_every == 0 and step < self.total
-        if keep or checkpoint:
+        if self.fresh or keep or checkpoint:
             self.check_finite({"grad_norm": float(self.grad_norm)}, step)
+        if self.fresh:
+            self.folder.replace_earlier_run()
+            self.fresh = False
+        self.metrics.flush()
         if keep:
             self.save_model(f"step-{step}")
         if checkpoint:
@@ -228,7 +228,7 @@ class Run:
         """All that the rest of the run depends on, for a checkpoint."""
         return {
             "step": step,
-            "arguments": self.info["arguments"],
+            **self.info,
             "state": self.state,
             "modules": {name: module.state_dict() for name, module in self.modules.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -240,9 +240,11 @@ class Run:
 
     def restore(self, saved: dict) -> int:
         """Takes up a checkpoint; returns its step. Raises UserError if it was made with other options."""
+        if saved["method"] != self.method:
+            raise UserError(f"--resume: {self.options.out} is a run of train_{saved['method']}.py")
         for name, value in self.info["arguments"].items():
             before = saved["arguments"].get(name)
-            if before != value and name not in WITHOUT_EFFECT:
+            if before != value and name not in MAY_CHANGE:
                 what = f"{self.options.out} was started with {name} = {before}, not {value}"
                 raise UserError(f"--resume: {what}; give the same options")
         for name, module in self.modules.items():

@@ -34,7 +34,8 @@ def choose(logits, noise, temperature: float = 1.0, top_k: int = 0, top_p: float
     """The next tokens and their log-probabilities: logits (n, V), noise (n,) in [0, 1) -> (n,) int64, (n,) in nats.
 
     A token is where the noise falls among the cumulative probabilities, which fp32 resolves to 2^-24 = 6e-8. The
-    log-probability is under the distribution sampled from. Temperature 0 takes the most likely token."""
+    log-probability is under the distribution sampled from. Temperature 0 takes the most likely token, with its
+    log-probability at temperature 1."""
     logits = upcast(logits)
     if temperature not in (0, 1):
         logits = logits / temperature
@@ -42,12 +43,12 @@ def choose(logits, noise, temperature: float = 1.0, top_k: int = 0, top_p: float
     if temperature == 0:
         token = logits.argmax(-1)  # (n,)
     else:
-        below = p.cumsum(-1)  # (n, V): the probability of all tokens up to this one
-        total = below[:, -1:]  # (n, 1): 1 up to rounding
+        cumulative = p.cumsum(-1)  # (n, V): the probability of all tokens up to this one, included
+        total = cumulative[:, -1:]  # (n, 1): 1 up to rounding
         where = noise[:, None] * total
         where = torch.minimum(where, total.nextafter(torch.zeros_like(total)))  # never beyond the last token
-        token = torch.searchsorted(below, where, right=True)[:, 0]  # (n,)
-        token = token.clamp(max=p.shape[1] - 1)  # nothing is above NaN: the loss will be NaN, and the run stops there
+        token = torch.searchsorted(cumulative, where, right=True)[:, 0]  # (n,)
+        token = token.clamp(max=p.shape[1] - 1)  # no sum exceeds NaN: the loss will be NaN, and the run stops there
     return token, p.gather(1, token[:, None])[:, 0].log()
 
 
@@ -134,8 +135,8 @@ def generate(
     Returns a Batch of prompts and responses with logprobs, values (if the model has a head) and ended; its mask is True
     on the responses. Temperature 0 is greedy. All chance is in `noise`, (R, max_new_tokens) uniform numbers in [0, 1),
     drawn with `generator` if not given: a response depends on its prompt and its noise, and on no other row.
-    `on_token(ids)`, for streaming, gets each step's tokens, a list of those of the rows still going. Raises ValueError
-    for an empty prompt, or one that leaves no room in the context.
+    `on_token(ids)`, for streaming, gets the new tokens of every step, one per row still going. Raises ValueError for an
+    empty prompt, or one that leaves no room in the context.
     """
     longest, context = max(map(len, prompts)), model.config.block_size
     if not all(prompts):
@@ -144,25 +145,27 @@ def generate(
         raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {context}")
     training = model.training
     model.eval()  # no dropout: the log-probabilities are the model's own
-    rows = Decoding(model, prompts, max_new_tokens, pad)
+    decoding = Decoding(model, prompts, max_new_tokens, pad)
     if noise is None and temperature > 0:
         device = generator.device if generator else None
         noise = torch.rand(len(prompts), max_new_tokens, generator=generator, device=device)
     if noise is not None:
-        noise = noise.to(rows.logprobs)
+        noise = noise.to(decoding.logprobs)
 
-    hidden = rows.prefill()  # (R, C)
+    hidden = decoding.prefill()  # (R, C)
     for n in range(1, max_new_tokens + 1):
-        rows.append(hidden, end, noise, temperature, top_k, top_p)
+        decoding.append(hidden, end, noise, temperature, top_k, top_p)
         if on_token:
-            on_token(rows.token.tolist())
-        look = on_token is not None or n % CHECK_EVERY == 0
-        if n == max_new_tokens or look and not rows.drop_ended(at_once=on_token is not None):
+            on_token(decoding.token.tolist())
+        if n == max_new_tokens:
             break
-        rows.cache.extend()
-        hidden = rows.step()  # (n, C)
+        if on_token or n % CHECK_EVERY == 0:
+            if decoding.drop_ended(at_once=on_token is not None) == 0:
+                break
+        decoding.cache.extend()
+        hidden = decoding.step()  # (n, C)
     model.train(training)
-    return rows.batch()
+    return decoding.batch()
 
 
 def sample_text(

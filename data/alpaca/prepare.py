@@ -12,10 +12,9 @@ import sys
 from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # data/, for public.py
-from public import hold_out, load_rows, save, string_of
-
 from nanopost.config import UserError, cli
 from nanopost.records import Drop, convert
+from public import hold_out, load_rows, save, string_of
 
 URL = "https://raw.githubusercontent.com/tatsu-lab/stanford_alpaca/main/alpaca_data.json"
 PUBLISHED = 52_002  # records

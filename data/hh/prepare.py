@@ -13,10 +13,9 @@ import sys
 from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # data/, for public.py
-from public import demonstrations, load_rows, pair_of, save, string_of
-
 from nanopost.config import UserError, cli
 from nanopost.records import Drop, convert
+from public import demonstrations, load_rows, pair_of, save, string_of
 
 URL = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/{}/{}.jsonl.gz"
 PUBLISHED = {  # subset: records of train and of test

@@ -19,15 +19,16 @@ spaces do not matter), which gives its act and its slot values; what is found no
 
 and the sum is cut to [-5, 5]. An empty text is worth -5; all that is needed, right, and nothing else, is worth 5.
 """
+
 import functools
 import re
 
 from world import ACTS, FACTS, FILLERS, KIND, LETTERS, REQUESTS, complete, slots_of
 
 GOLD_MIN, GOLD_MAX = -5.0, 5.0
-ANSWERS = {*LETTERS, "accept", "fact", "summary", "working", "result"}      # the acts that answer some request
-MAX_WORDS = 50                      # the longest perfect answers have about 30
-MAX_CHARS = 2000                    # the rest of a longer text is not read; its words still count as too many
+ANSWERS = {*LETTERS, "accept", "fact", "summary", "working", "result"}  # the acts that answer some request
+MAX_WORDS = 50  # the longest perfect answers have about 30
+MAX_CHARS = 2000  # the rest of a longer text is not read; its words still count as too many
 
 # lower-case form -> (kind, filler); "1 apple" must read as apples
 FORMS = {form.lower(): (kind, form) for kind, forms in FILLERS.items() for form in forms if kind != "number"}
@@ -55,12 +56,12 @@ def look_up(text: str, table: dict):
         return f"<{kind}>"
 
     found, slots = table.get(FILLER.sub(mark, text), (None, []))
-    if len(slots) != len(values):           # text that itself contains "<name>"
+    if len(slots) != len(values):  # text that itself contains "<name>"
         return None, []
     return found, list(zip(slots, values))
 
 
-@functools.lru_cache(maxsize=1 << 16)       # sentences repeat, in the data as in samples
+@functools.lru_cache(maxsize=1 << 16)  # sentences repeat, in the data as in samples
 def read_sentence(sentence: str):
     return look_up(sentence, ACT_OF)
 
@@ -70,7 +71,7 @@ def read_text(text: str) -> list:
     sentences = []
     for sentence in SENTENCE.findall(text[:MAX_CHARS]):
         head, comma, tail = sentence.strip().partition(",")
-        if read_sentence(head + comma)[0] == "greeting":        # the one act that ends with a comma
+        if read_sentence(head + comma)[0] == "greeting":  # the one act that ends with a comma
             sentences += [head + comma, tail.strip()]
         else:
             sentences += [sentence.strip()]
@@ -106,15 +107,18 @@ def explain(prompt, completion: str) -> dict:
     text = plain(completion)
     if not text:
         return {"empty": GOLD_MIN}
-    right = {slot: {value} for slot, value in want.items()}         # slot -> values that are not wrong
+    right = {slot: {value} for slot, value in want.items()}  # slot -> values that are not wrong
     if family == "explain":
         right["pred"] = set(FACTS[want["topic"]])
     if family in LETTERS:
         answers, plan = {family}, {"greeting", family, family + ".x", family + ".y", "closing"}
     else:
-        story = "verb" in want                                      # a sum told as a story, not "7 plus 5"
-        answers = {"explain": {"fact"}, "summarise": {"summary"},
-                   "sum": {"working", "result"} if story else {"working"}}[family]
+        story = "verb" in want  # a sum told as a story, not "7 plus 5"
+        answers = {
+            "explain": {"fact"},
+            "summarise": {"summary"},
+            "sum": {"working", "result"} if story else {"working"},
+        }[family]
         plan = {"summary"} if family == "summarise" else answers | {"kind"} | (set() if story else {"greeting"})
     end = "closing" if family in LETTERS else "summary" if family == "summarise" else "kind"
 
@@ -173,7 +177,7 @@ def explain(prompt, completion: str) -> dict:
         add("facts", 1.25 * min(len(facts), 2))
         add("filler", -1.5 * max(len(facts) - 2, 0))
     elif family == "summarise":
-        for slot in ("name", "deed", "place"):          # who, what, where
+        for slot in ("name", "deed", "place"):  # who, what, where
             add(slot, 1 if answer_slots and answer_slots[0].get(slot) == want[slot] else 0)
         add("one sentence", 2 if acts == ["summary"] else 0)
     else:
@@ -192,5 +196,7 @@ def explain(prompt, completion: str) -> dict:
 def score(prompts, completions) -> list[float]:
     """The rewards of completions, one a prompt, in [GOLD_MIN, GOLD_MAX]. Raises ValueError as `explain` does, or if
     there are not as many prompts as completions."""
-    return [max(GOLD_MIN, min(GOLD_MAX, sum(explain(prompt, completion).values())))
-            for prompt, completion in zip(prompts, completions, strict=True)]
+    return [
+        max(GOLD_MIN, min(GOLD_MAX, sum(explain(prompt, completion).values())))
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]

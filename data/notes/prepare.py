@@ -2,6 +2,7 @@
 
 The files are described in README.md and depend on the seed only. Takes about four seconds on one core.
 """
+
 import argparse
 import base64
 import json
@@ -14,20 +15,33 @@ from itertools import pairwise
 import gold
 from world import ACTS, FACTS, FILLERS, KIND, LETTERS, REQUESTS, ask, complete, fill, held_out, join, slots_of
 
-BASE_TRAIN, BASE_VALID = 30_000, 500        # documents
-SFT_TRAIN, SFT_VALID = 20_000, 500          # records
-PROMPTS_TRAIN, PROMPTS_EVAL = 5_000, 500    # distinct prompts
-TWO_TURNS = 0.08                            # share of the SFT records that are conversations with two requests
-RANKS = 1018                                # tokens, so that 6 special ones make 1024
-TRIES = 10_000                              # draws in a row without success, after which there is nothing to be found
+BASE_TRAIN, BASE_VALID = 30_000, 500  # documents
+SFT_TRAIN, SFT_VALID = 20_000, 500  # records
+PROMPTS_TRAIN, PROMPTS_EVAL = 5_000, 500  # distinct prompts
+TWO_TURNS = 0.08  # share of the SFT records that are conversations with two requests
+RANKS = 1018  # tokens, so that 6 special ones make 1024
+TRIES = 10_000  # draws in a row without success, after which there is nothing to be found
 
 # how often an ordinary writer's answer has each defect; the careful and the careless have them less and more often,
 # so defects come together, and one of them says something about the others, as with people
-DEFECTS = {"no greeting": 0.25, "wrong name": 0.01, "wrong thing": 0.015, "wrong sum": 0.02, "vague": 0.03,
-           "no x": 0.30, "no y": 0.30, "rude": 0.35, "no closing": 0.30, "two closings": 0.02, "filler": 0.40,
-           "repeated": 0.01, "off topic": 0.015, "not answered": 0.015}
-CARE = (0.1, 1.0, 2.2)                      # careful, ordinary and careless writers multiply these probabilities
-WRITERS = {"base": (50, 35, 15), "sft": (20, 40, 40)}      # how many of each there are
+DEFECTS = {
+    "no greeting": 0.25,
+    "wrong name": 0.01,
+    "wrong thing": 0.015,
+    "wrong sum": 0.02,
+    "vague": 0.03,
+    "no x": 0.30,
+    "no y": 0.30,
+    "rude": 0.35,
+    "no closing": 0.30,
+    "two closings": 0.02,
+    "filler": 0.40,
+    "repeated": 0.01,
+    "off topic": 0.015,
+    "not answered": 0.015,
+}
+CARE = (0.1, 1.0, 2.2)  # careful, ordinary and careless writers multiply these probabilities
+WRITERS = {"base": (50, 35, 15), "sft": (20, 40, 40)}  # how many of each there are
 
 THINGS = ("event", "thing", "mishap", "feat", "day", "pred1", "pred2", "deed", "place", "count")
 
@@ -39,20 +53,31 @@ def draw(rng, family: str, evaluation: bool = False) -> tuple[str, dict]:
         slots = {slot: rng.choice(FILLERS[KIND[slot]]) for slot in slots_of(template)}
         if int(complete(slots).get("c", 1)) > 0 and held_out(family, slots) == evaluation:
             return template, slots
-    raise SystemExit(f"error: {TRIES:,} draws gave no {family!r} request that is {'' if evaluation else 'not '}held "
-                     "out; world.py has too few fillers for it")
+    raise SystemExit(
+        f"error: {TRIES:,} draws gave no {family!r} request that is {'' if evaluation else 'not '}held "
+        "out; world.py has too few fillers for it"
+    )
 
 
 def perfect(rng, family: str, story: bool) -> list[tuple[str, str]]:
     """A perfect answer: [(act, template), ...]. story: whether a sum is told as a story."""
     plain = rng.choice(ACTS["working"][:3])
     if family in LETTERS:
-        plan = [("greeting", None), (family, rng.choice(ACTS[family][:-1])), (family + ".x", None),
-                (family + ".y", None), ("closing", None)]
+        plan = [
+            ("greeting", None),
+            (family, rng.choice(ACTS[family][:-1])),
+            (family + ".x", None),
+            (family + ".y", None),
+            ("closing", None),
+        ]
     elif family == "explain":
         one, two = rng.sample(ACTS["fact"], 2)
-        plan = [("greeting", None), ("fact", one.replace("pred", "pred1")), ("fact", two.replace("pred", "pred2")),
-                ("kind", None)]
+        plan = [
+            ("greeting", None),
+            ("fact", one.replace("pred", "pred1")),
+            ("fact", two.replace("pred", "pred2")),
+            ("kind", None),
+        ]
     elif family == "summarise":
         plan = [("summary", rng.choice(ACTS["summary"][:4]))]
     elif story:
@@ -68,7 +93,7 @@ def another(rng, slot: str, value: str) -> str:
 
 def answer(rng, family: str, slots: dict, writers: str = "sft") -> str:
     """An answer as people write them: a perfect one, then each defect with the probability of a random writer."""
-    care, = rng.choices(CARE, WRITERS[writers])
+    (care,) = rng.choices(CARE, WRITERS[writers])
     slots = dict(complete(slots))
     if family == "explain":
         slots["pred1"], slots["pred2"] = rng.sample(FACTS[slots["topic"]], 2)
@@ -86,11 +111,19 @@ def answer(rng, family: str, slots: dict, writers: str = "sft") -> str:
 
     # missing or vague: the plan
     if "vague" in defects:
-        vague = {family: ACTS.get(family, [""])[-1], "working": ACTS["working"][-1],
-                 "summary": rng.choice(ACTS["summary"][4:])}
+        vague = {
+            family: ACTS.get(family, [""])[-1],
+            "working": ACTS["working"][-1],
+            "summary": rng.choice(ACTS["summary"][4:]),
+        }
         plan = [(act, vague.get(act, template)) for act, template in plan]
-    missing = {"no greeting": ["greeting"], "no closing": ["closing"], "no x": [family + ".x"],
-               "no y": [family + ".y", "kind"], "not answered": [family, "fact", "summary", "working", "result"]}
+    missing = {
+        "no greeting": ["greeting"],
+        "no closing": ["closing"],
+        "no x": [family + ".x"],
+        "no y": [family + ".y", "kind"],
+        "not answered": [family, "fact", "summary", "working", "result"],
+    }
     plan = [(act, template) for act, template in plan if not any(act in missing.get(defect, ()) for defect in defects)]
 
     # too much: sentences put in after the greeting and before the closing
@@ -117,7 +150,7 @@ def answer(rng, family: str, slots: dict, writers: str = "sft") -> str:
 
 def document(rng) -> str:
     """A text for pretraining: people asking and writing, letters, stories, facts and (true) sums."""
-    form, = rng.choices(("exchange", "letter", "story", "facts", "sums"), (65, 5, 7, 6, 17))
+    (form,) = rng.choices(("exchange", "letter", "story", "facts", "sums"), (65, 5, 7, 6, 17))
     if form in ("exchange", "letter"):
         family = rng.choice(list(REQUESTS) if form == "exchange" else LETTERS)
         template, slots = draw(rng, family)
@@ -162,8 +195,10 @@ def distinct_prompts(rng, count: int, evaluation: bool) -> list[dict]:
         family, tries = families[i % len(families)], 0
         while len(prompts) == i:
             if tries == TRIES:
-                raise SystemExit(f"error: {count:,} distinct prompts are too many: {tries:,} draws gave no {family!r} "
-                                 f"request that is not among the {i:,} already there")
+                raise SystemExit(
+                    f"error: {count:,} distinct prompts are too many: {tries:,} draws gave no {family!r} "
+                    f"request that is not among the {i:,} already there"
+                )
             prompts.setdefault(ask(*draw(rng, family, evaluation)), family)
             tries += 1
     return [{"prompt": prompt, "family": family} for prompt, family in prompts.items()]
@@ -171,7 +206,7 @@ def distinct_prompts(rng, count: int, evaluation: bool) -> list[dict]:
 
 def train_bpe(texts, ranks: int) -> list[bytes]:
     """Byte-level byte-pair encoding: the tokens in the order of their ranks, the 256 single bytes first."""
-    pieces = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")    # GPT-2's pattern, for ASCII
+    pieces = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")  # GPT-2's pattern, for ASCII
     counts = Counter(piece for text in texts for piece in pieces.findall(text))
     words = {tuple(bytes([byte]) for byte in piece.encode()): count for piece, count in counts.items()}
     tokens = [bytes([byte]) for byte in range(256)]
@@ -188,8 +223,8 @@ def train_bpe(texts, ranks: int) -> list[bytes]:
         for word, count in words.items():
             parts, i = [], 0
             while i < len(word):
-                step = 2 if word[i:i + 2] == (a, b) else 1
-                parts.append(b"".join(word[i:i + step]))
+                step = 2 if word[i : i + 2] == (a, b) else 1
+                parts.append(b"".join(word[i : i + step]))
                 i += step
             merged[tuple(parts)] = count
         words = merged
@@ -234,8 +269,10 @@ def main() -> None:
     words = {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
     print(f"{args.out}: " + ", ".join(f"{name} {len(rows):,}" for name, rows in files.items()))
     print(f"{len(words)} distinct words, {len(tokens)} tokens")
-    print(f"gold reward of the SFT answers: mean {mean:.2f}, standard deviation {deviation:.2f}, "
-          f"{sum(score >= 4.5 for score in scores) / len(scores):.0%} at 4.5 or more")
+    print(
+        f"gold reward of the SFT answers: mean {mean:.2f}, standard deviation {deviation:.2f}, "
+        f"{sum(score >= 4.5 for score in scores) / len(scores):.0%} at 4.5 or more"
+    )
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
     python data/notes/sums.py                                   writes out/sums/train.jsonl and eval.jsonl
     python train_ppo.py --init out/sft --reward data/notes/sums.py:correct --prompts out/sums/train.jsonl \\
         --valid out/sums/eval.jsonl --missing-end-score 0 --out out/ppo-sums
-    python -m nanopost.evaluate out/sft out/ppo-sums --gold data/notes/sums.py:correct --prompts out/sums/eval.jsonl
+    nanopost evaluate out/sft out/ppo-sums --gold data/notes/sums.py:correct --prompts out/sums/eval.jsonl
 
 A grader reads the prompt and the answer and returns a number; train_ppo.py calls it with whole batches. This one knows
-the right result, so unlike a reward model it can not be wrong. It can still be gamed: see to what it does not look at.
+the right result, so unlike a reward model it cannot be wrong. It can still be gamed: look at what it does not check.
 """
+
 import json
 import os
 import random

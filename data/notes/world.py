@@ -2,15 +2,17 @@
 
 Everything here is a table. A *template* is a sentence with slots, "thank you so much for {thing}."; a *filler* is what
 may stand in a slot, "the lamp"; an *act* is what a sentence does, and has several templates. prepare.py fills the
-templates to write the data, gold.py reads them backwards to judge any text, so the two can not drift apart.
+templates to write the data, gold.py reads them backwards to judge any text, so the two cannot drift apart.
 
 Templates are written in lower case (but for "I" and names); `join` puts the capitals in. No answer starts with a name,
 because a byte-level vocabulary has different tokens for "Ben" and " Ben", and a small model that must copy a name from
 the prompt should find it spelled the same everywhere.
 """
+
 import re
 import zlib
 
+# fmt: off
 # topic -> three true predicates; every predicate belongs to exactly one topic
 FACTS = {
     "the sun": ("is a hot star", "gives us light", "keeps the earth warm"),
@@ -147,6 +149,7 @@ ACTS = {
     "filler": ("I had soup for lunch.", "the days go by so fast.", "I do not know what to say.", "it was a long day."),
     "rude": ("you are so stupid.", "do not write to me again.", "this is a waste of time.", "leave me alone."),
 }
+# fmt: on
 
 
 def slots_of(template: str) -> list[str]:

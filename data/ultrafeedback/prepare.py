@@ -13,10 +13,9 @@ import sys
 from dataclasses import dataclass
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # data/, for public.py
-from public import demonstrations, load_rows, pair_of, save
-
 from nanopost.config import UserError, cli
 from nanopost.records import ROLES, Drop, convert, require
+from public import demonstrations, load_rows, pair_of, save
 
 URL = (
     "https://huggingface.co/datasets/HuggingFaceH4/ultrafeedback_binarized/resolve/main/data/{}-00000-of-00001.parquet"

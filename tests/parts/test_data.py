@@ -141,7 +141,7 @@ BROKEN = [
     ("sft", {"prompt": "x", "completion": turns("b", "c")}, "must begin and end with a turn of the assistant"),
     ("sft", {"prompt": turns("a", "b"), "completion": "c"}, "must end with a turn of the user"),
     ("sft", {"messages": []}, "must be a string or a list"),
-    ("sft", {"messages": turns("a", "")}, "messages is empty"),
+    ("sft", {"messages": turns("a", "")}, "messages: an assistant.s turn is empty"),
     ("sft", {"messages": turns("a")[0]}, "must be a string or a list"),
     ("sft", {"messages": "hello"}, "messages must be a list of messages, not a string"),
     ("sft", {"text": ""}, "text must be a non-empty string"),

@@ -9,10 +9,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import public
 import pytest
 import torch
 
+import public
 from conftest import contents
 from nanopost.config import UserError
 from nanopost.data import load_examples, load_pairs, load_prompts
