@@ -21,6 +21,7 @@ bench: .venv/installed
 	$(VENV) benchmarks/bench.py $(BENCH)
 
 results: .venv/installed
+	$(VENV) -m pip install --quiet --editable ".[hf]"
 	$(VENV) docs/results.py
 
 .venv/installed: pyproject.toml

@@ -1,6 +1,6 @@
 """Runs what the documents quote, writes docs/results.md, and fills the numbers into the documents.
 
-    python docs/results.py                          # or `make results`: about twenty minutes on two cores
+    python docs/results.py                          # or `make results`: about an hour of processor time
     python docs/results.py --instructions FILE      # also recipes/instructions.sh, on a file of yours
     python docs/results.py --check                  # runs nothing: do the documents quote docs/results.md?
 
@@ -11,6 +11,7 @@ docs/quotes.py says how a document quotes a number.
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ Python {Python}, torch {torch}; seeds {seeds}. Another machine rounds differentl
 
 LEGEND = """\
 - STAGE.COLUMN: the tables above, seed 0; seedN.STAGE.COLUMN: another seed; STAGE.way: how much of the way from the SFT
-  model's gold reward to the best possible; STAGE.seconds: training alone; quickstart.minutes: mean over the seeds
+  model's gold reward to the best possible; quickstart.cpu_minutes: processor time on one thread, mean over the seeds
 - greedy.STAGE.COLUMN: at temperature 0; best4, best16, rest1, rest2: best of n, and one and two rounds of ReST
 - RUN.METRIC.first, last, most: what the runs of seed 0 logged; ppo.first_ratio, ppo.first_approxkl: in the first
   minibatch of an iteration, the value farthest from 1 and from 0; value-coef: PPO with `--value-coef 0.1`
@@ -123,6 +124,9 @@ def main(config: Config):
         with atomic(str(target)) as f:
             f.write("\n\n".join([head, *sections, quotes.write_list(LEGEND, page.numbers)]))
         print(f"wrote {target}")
+        picture = out / "seed0" / "plots" / "kl.png"
+        if picture.exists() and not config.quick:
+            shutil.copy(picture, ROOT / "docs" / "kl.png")
     if config.quick:
         return
     if not RESULTS.exists():

@@ -118,10 +118,7 @@ def pipeline(page: Page, out: Path, stamps: dict):
         accuracy = f"{found['rm.accuracy']} of {found['rm.ceiling']}"
         lines.append([seed[4:], *gold, " / ".join(kl), " / ".join(distinct), accuracy])
     head = ["seed", "SFT", "DPO", "PPO", "beta 0", "KL DPO / PPO / beta 0", "distinct SFT / DPO / PPO", "RM's accuracy"]
-    stages = ("base", "sft", "rm", "dpo", "ppo")
-    number |= {f"{stage}.seconds": fixed(series(out / "seed0" / stage, "seconds")[-1], 0) for stage in stages}
-    for name, key in (("minutes", "seconds"), ("cpu_minutes", "cpu_seconds")):
-        number[f"quickstart.{name}"] = fixed(sum(stamps[seed][key] for seed in seeds) / len(seeds) / 60, 1)
+    number["quickstart.cpu_minutes"] = fixed(sum(stamps[seed]["cpu_seconds"] for seed in seeds) / len(seeds) / 60, 1)
     _, rows = read_report(out / "seed0")
     page.section(
         "The pipeline",
@@ -195,7 +192,6 @@ def sums(page: Page, out: Path):
     for name, row in (("before", rows["sft"]), ("after", rows["ppo"])):
         page.numbers[f"sums.{name}"] = f"{100 * row['gold']:.0f} ± {100 * row['gold_stderr']:.0f}%"
     page.numbers["sums.kl"] = fixed(rows["ppo"]["kl"], 1)
-    page.numbers["sums.seconds"] = fixed(series(out / "sums" / "ppo", "seconds")[-1], 0)
 
 
 LOGGED = {  # run -> metric -> how to write it
