@@ -13,7 +13,7 @@ then, for a few epochs over them, with rho_t = pi_theta(y_t|s_t) / pi_old(y_t|s_
 
     L = mean_t max(-A rho, -A clip(rho, 1-eps, 1+eps))  +  c_v/2 mean_t max((V-G)^2, (clip(V, V_old +- eps_v) - G)^2)
 
-(PPO, arXiv 1707.06347, equation 7; the clipped value loss is from OpenAI's baselines.) --critic separates the values.
+(PPO, arXiv 1707.06347, equation 7; the clipped value loss is OpenAI baselines'.) With --critic, V has its own trunk.
 
     python train_ppo.py --init out/sft --reward out/rm --prompts data/notes/prompts_train.jsonl --out out/ppo
 """
@@ -52,7 +52,7 @@ class Config(Options):
     temperature: float = 1.0  # sampling temperature, applied to log-probabilities too
     beta: float = 0.1  # weight of the KL penalty; with 0 the policy learns to hack the reward model
     kl_target: float = 0.0  # adapt beta to hold this KL, in nats per answer; 0: beta stays as it is
-    kl_horizon: int = 10000  # answers per change of beta by at most 20%
+    kl_horizon: int = 10000  # answers in which beta moves by at most about 20%
     gamma: float = 1.0  # discount factor
     lam: float = 0.95  # GAE's lambda
     clip: float = 0.2  # range of the probability ratio: 1 - clip to 1 + clip
@@ -79,7 +79,7 @@ class Config(Options):
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
     """scores (B,), the rest (B, T) -> rewards (B, T): -beta k1 at every response token, the score on the last.
 
-    (B, T) is target-aligned here and below, with response tokens where the mask is True. k1 = log pi - log pi_ref of
+    Up to value_loss (B, T) is target-aligned, with response tokens where the mask is True. k1 = log pi - log pi_ref of
     the sampled token (joschu.net/blog/kl-approx.html) has mean KL(pi || pi_ref), and as a reward the right gradient.
     """
     rewards = (-beta * (logprobs - ref_logprobs)).masked_fill(~mask, 0.0)
@@ -129,7 +129,7 @@ def value_loss(values, old_values, returns, mask, clip=0.2, count=None):
 
 
 def adapt(beta, kl, target, answers, horizon):
-    """Ziegler et al.'s controller (arXiv 1909.08593): beta moves by at most 20% per `horizon` answers."""
+    """Ziegler et al.'s controller (arXiv 1909.08593): beta moves by at most about 20% per `horizon` answers."""
     error = min(max(kl / target - 1, -0.2), 0.2)
     return beta * (1 + error * answers / horizon)
 

@@ -6,8 +6,8 @@ This is the Bradley-Terry likelihood, P(chosen > rejected) = sigma(difference of
 2009.01325, section 3.4; InstructGPT, arXiv 2203.02155, equation 1). The reward r(x, y) is a linear head on the hidden
 state of the last real token, the only one that has seen the whole answer.
 
-Only differences are learned, so afterwards the scale is fixed: mean 0 and standard deviation 1 on answers sampled from
-the model it started from. PPO's KL coefficient and its penalty for unfinished answers then always mean the same.
+Only differences are learned. Afterwards offset and scale are fixed: mean 0, standard deviation 1 on answers sampled
+from the model it started from. PPO's KL coefficient and its penalty for unfinished answers then always mean the same.
 
     python train_rm.py --init out/sft --data out/prefs/train.jsonl --valid out/prefs/valid.jsonl --out out/rm
 """
@@ -37,7 +37,7 @@ class Config(Options):
     epochs: float = 1.0  # passes over the pairs; more than one over-fits
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
     batch_size: int = 16  # pairs per step
-    micro_batch: int = 16  # pairs per forward pass (more than a CPU cache holds are slower); 0: the whole batch
+    micro_batch: int = 16  # pairs per forward pass (fastest if they fit a CPU's cache); 0: the whole batch
     lr: float = 1e-3  # peak learning rate; 2e-5 suits GPT-2 124M
     warmup: float = 0.05  # share of the steps in which the learning rate rises; then it falls linearly to 0
     weight_decay: float = 0.0  # weight decay, on matrices only

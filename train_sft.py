@@ -2,8 +2,8 @@ r"""Supervised fine-tuning: imitate good answers.
 
     L(theta) = - sum_{b,t} m[b,t] log pi_theta(ids[b,t+1] | ids[b,:t+1])  /  sum_{b,t} m[b,t]
 
-The mask m is 1 where the next token belongs to an assistant's answer, its <|end|> included, and 0 on prompts and
-padding: the model learns to answer and to stop, not to ask. Both sums run over the whole optimizer step, so the split
+The mask m is 1 where the next token belongs to an assistant's answer, its <|end|> included, and 0 everywhere else:
+the model learns to answer and to stop, not to ask. Both sums run over the whole optimizer step, so the split
 into micro-batches changes nothing. Minimising L is maximum likelihood (InstructGPT, arXiv 2203.02155, section 3.5).
 
 With {"text"} records every token is a target: that is pretraining, with the same loss.
@@ -30,7 +30,7 @@ from nanopost.tokenizer import DEFAULT_VOCAB, load_tokenizer
 
 @dataclass
 class Config(Options):
-    init: str = "scratch"  # what to start from: the folder of a run, gpt2 (or -medium, -large, -xl), or scratch
+    init: str = "scratch"  # start: a run's or Hugging Face's folder, gpt2 (or -medium, -large, -xl), or scratch
     data: str = "data/notes/sft_train.jsonl"  # records to learn from
     valid: str = "data/notes/sft_valid.jsonl"  # held-out records; empty: none
     out: str = "out/sft"  # folder to write

@@ -47,8 +47,6 @@ class Options:
             raise UserError(f"--dtype must be auto or one of {', '.join(DTYPES)}, not {self.dtype}")
         if self.logs not in ("", "tensorboard"):
             raise UserError(f"--logs must be tensorboard or nothing, not {self.logs}")
-        if self.logs and importlib.util.find_spec("tensorboard") is None:
-            raise UserError('--logs tensorboard needs a package: pip install tensorboard (or "nanopost[logs]")')
 
     def keep_apart(self, *names: str):
         """Raises UserError if the run would overwrite a folder that it starts from, or a run whose step-N it is."""
@@ -91,6 +89,8 @@ class Run:
         self.folder = Folder(options.out, writes=self.rank == 0)
         if not (options.resume or options.overwrite):
             self.folder.refuse_earlier_run()
+        if options.logs and importlib.util.find_spec("tensorboard") is None:
+            raise UserError('--logs tensorboard needs a package: pip install tensorboard (or "nanopost[logs]")')
         self.metrics = Metrics(options.out, self.info, bool(options.logs), silent=self.rank > 0)
         self.bar = None
         self.started = time.time()

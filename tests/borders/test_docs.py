@@ -90,7 +90,7 @@ def config_of(target: str):
     """The Config class of a script (a path) or a module, or None if it takes its options in another way."""
     if target.endswith(".py"):
         assert (ROOT / target).is_file(), f"there is no {target}"
-        name = target.removesuffix(".py").replace("/", "_")
+        name = "parsed_" + target.removesuffix(".py").replace("/", "_")  # beside the module that other tests import
         spec = importlib.util.spec_from_file_location(name, ROOT / target)
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -648,8 +648,8 @@ RUN = {
         ("biases and gains are not trained", "[matrices, vectors]", "[matrices]"),
     ],
     "nanopost.run.schedule": [
-        ("the learning rate never falls", "(total - step + 1) / max(1, total - warmup)", "1.0"),
-        ("the fall begins with the warm-up", "max(1, total - warmup)", "total"),
+        ("the learning rate never falls", "(total - step + 1) / (total - warmup)", "1.0"),
+        ("the fall begins with the warm-up", "/ (total - warmup)", "/ total"),
         ("the first step has learning rate 0", "step / (warmup + 1)", "(step - 1) / (warmup + 1)"),
     ],
     "nanopost.run.Run.set_lr": [
