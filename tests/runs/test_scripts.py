@@ -320,15 +320,13 @@ def test_sft_starts_with_the_loss_of_the_model_it_is_given(workshop, tmp_path, m
     assert [line["eval/loss"] for line in evaluations(lines)] == pytest.approx([held_out] * 3, rel=1e-4)
 
 
-def test_sft_from_scratch_starts_at_ln_V_on_the_embedded_data(tmp_path, metrics):
+def test_sft_from_scratch_starts_at_ln_V(workshop, tokenizer, tmp_path, metrics):
     """At first every token is as likely as any other."""
-    data = "data/notes/sft_valid.jsonl"
-    sizes = dict(n_layer=1, n_head=2, n_embd=32, block_size=128)
-    options = dict(data=data, valid=data, steps=1, log_every=1, batch_size=64, out=str(tmp_path), device="cpu")
-    train_sft.main(train_sft.Config(**sizes, **options))
-    held_out, trained = metrics(tmp_path)[:2]
-    assert held_out["eval/loss"] == pytest.approx(math.log(1024), abs=0.05)
-    assert trained["loss"] == pytest.approx(math.log(1024), abs=0.05)
+    sizes = dict(n_layer=1, n_head=2, n_embd=32, block_size=48, vocab=workshop.path("vocab.tiktoken"))
+    out = workshop.run("sft", tmp_path / "out", init="scratch", steps=1, **sizes)
+    held_out, trained = metrics(out)[:2]
+    assert held_out["eval/loss"] == pytest.approx(math.log(tokenizer.vocab_size), abs=0.05)
+    assert trained["loss"] == pytest.approx(math.log(tokenizer.vocab_size), abs=0.05)
 
 
 def test_rm_starts_with_the_loss_of_an_untrained_head(workshop, tmp_path, metrics, batches_of, tokenizer):
