@@ -17,7 +17,7 @@ from nanopost.config import UserError
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # 124M, 355M, 774M and 1.5B parameters
 OWNER = "openai-community/"
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out)
-UNUSED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # causal masks, and a copy of the embedding
+UNUSED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")  # masks, and a copy of the embedding
 # Fields of config.json that the computation depends on, with the values that agree with model.py.
 COMPUTATION = {
     "model_type": ("gpt2",),
@@ -61,20 +61,25 @@ def load(kind: str, name: str, **options):
     local = os.path.isdir(name)
     if not local and not is_pretrained(name):
         raise UserError(f"no folder {name}, and it is none of {', '.join(NAMES)}")
+    source = name if local else OWNER + name.removeprefix(OWNER)
     try:
-        return loader.from_pretrained(name if local else OWNER + name.removeprefix(OWNER), **options)
+        return loader.from_pretrained(source, **options)
     except Exception as error:  # a broken file and the network can raise anything
-        hint = "" if local else "; go online once, to get it into Hugging Face's cache, or give a local folder"
-        raise UserError(f"{name} cannot be read: {textwrap.shorten(str(error), 200)}{hint}") from None
+        reason = textwrap.shorten(str(error), 200)
+        online = "; go online once, to get it into Hugging Face's cache, or give a local folder"
+        hint = "" if local else online
+        raise UserError(f"{name} cannot be read: {reason}{hint}") from None
 
 
 def read_config(name: str):
     """The model's GPT2Config (of transformers). Raises UserError unless model.py computes what it describes."""
     config = load("AutoConfig", name, num_labels=1, trust_remote_code=False)
-    for field, values in {**COMPUTATION, "n_inner": (None, 4 * getattr(config, "n_embd", 0))}.items():
+    n_inner = (None, 4 * getattr(config, "n_embd", 0))
+    for field, values in {**COMPUTATION, "n_inner": n_inner}.items():
         if (value := getattr(config, field, values[0])) not in values:
             only = " or ".join(map(repr, values))
-            raise UserError(f"{name}/config.json: {field} is {value!r}; nanopost's model supports only {only}")
+            fault = f"{field} is {value!r}; nanopost's model supports only {only}"
+            raise UserError(f"{name}/config.json: {fault}")
     return config
 
 
@@ -88,18 +93,21 @@ def read(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     config = read_config(name)
     reward = config.architectures == ["GPT2ForSequenceClassification"]
     kind = "GPT2ForSequenceClassification" if reward else "GPT2Model"
-    options = dict(dtype=torch.get_default_dtype(), use_safetensors=True, ignore_mismatched_sizes=True)
-    model, info = load(kind, name, config=config, output_loading_info=True, **options)
+    options = dict(config=config, dtype=torch.get_default_dtype(), use_safetensors=True)
+    options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    model, info = load(kind, name, **options)
     for what in ("missing", "unexpected", "mismatched"):
         if keys := [key for key in map(str, info[f"{what}_keys"]) if not key.endswith(UNUSED)]:
-            raise UserError(f"{name}: model.safetensors does not fit config.json: {what} {min(keys)}")
+            fault = f"{what} {min(keys)}"
+            raise UserError(f"{name}: model.safetensors does not fit config.json: {fault}")
     state = {key.removeprefix("transformer."): tensor for key, tensor in model.state_dict().items()}
     state |= {key: tensor.t() for key, tensor in state.items() if key.endswith(CONV1D)}
     if reward:
         state |= {"head.weight": state.pop("score.weight"), "head.bias": torch.zeros(1)}
     positions = config.n_positions // 8 * 8  # rows of a batch are padded to a multiple of 8
     state["wpe.weight"] = state["wpe.weight"][:positions]
-    sizes = {field: getattr(config, field) for field in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    fields = ("vocab_size", "n_layer", "n_head", "n_embd")
+    sizes = {field: getattr(config, field) for field in fields}
     return {**sizes, "block_size": positions, "scalar_head": reward}, state
 
 
@@ -109,7 +117,8 @@ def add_rows(wte: torch.Tensor, count: int) -> torch.Tensor:
     The mean row's logit is the mean of all logits, so its probability is at most 1/V (exp is convex); a random row
     could be the likeliest token of all. The noise makes the tokens differ. It is the same at every call.
     """
-    noise = torch.randn(count, wte.shape[1], generator=torch.Generator().manual_seed(0), dtype=wte.dtype)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(count, wte.shape[1], generator=generator, dtype=wte.dtype)
     return torch.cat([wte, wte.mean(0) + 0.1 * wte.std(0, correction=0) * noise])
 
 

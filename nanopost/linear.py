@@ -4,7 +4,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+ONEDNN = AVX and torch.backends.mkldnn.is_available()
 FEW_ROWS, FEW_NUMBERS = 128, 2**15  # below these the detour costs more than it saves
 
 
@@ -15,11 +16,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     convolution to oneDNN, which uses it. dilation=2 is a no-op for a 1x1 kernel but keeps single-threaded PyTorch from
     choosing MKL here too.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or not ONEDNN:
+    if not ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     if x.shape[:-1].numel() < FEW_ROWS or x.numel() < FEW_NUMBERS:
         return F.linear(x, weight, bias)
-    image = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, I, 1, rows): channels last, nothing is copied
+    image = x.reshape(1, 1, -1, x.shape[-1])  # (1, 1, rows, I)
+    image = image.permute(0, 3, 1, 2)  # (1, I, 1, rows): channels last, nothing is copied
     y = F.conv2d(image, weight[:, :, None, None], bias, dilation=2)  # (1, O, 1, rows)
     return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 

@@ -25,15 +25,18 @@ def convert(rows, function, name: str, what: str = "records", limit: int | None 
         except Drop as reason:
             dropped[str(reason)] += 1
     if not kept:
-        raise UserError(f"{name}: no {what}" + "".join(f"; {n} are {reason}" for reason, n in dropped.items()))
-    print(f"{name}: {len(kept):,} {what}" + "".join(f", dropped {n:,} {reason}" for reason, n in dropped.items()))
+        reasons = [f"; {n} are {reason}" for reason, n in dropped.items()]
+        raise UserError(f"{name}: no {what}" + "".join(reasons))
+    reasons = [f", dropped {n:,} {reason}" for reason, n in dropped.items()]
+    print(f"{name}: {len(kept):,} {what}" + "".join(reasons))
     return kept
 
 
 def read_records(path: str):
     """Yields (where, record) per line, where = "file:line". Raises UserError for a missing file and invalid JSON."""
     if not os.path.isfile(path):
-        hint = "; python data/notes/prepare.py writes the embedded data" if path.startswith("data/notes/") else ""
+        embedded = path.startswith("data/notes/")
+        hint = "; python data/notes/prepare.py writes the embedded data" if embedded else ""
         raise UserError(f"no file {path}{hint}")
     with open(path, "rb") as f:
         yield from parse_records(path, f)
@@ -51,7 +54,8 @@ def parse_records(path: str, lines):
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{n}: invalid JSON: {error.msg} at column {error.colno}") from None
         if not isinstance(record, dict):
-            raise UserError(f'{path}:{n}: a record must be an object like {{"prompt": ...}}, not {line[:40]!r}')
+            shape = '{"prompt": ...}'
+            raise UserError(f"{path}:{n}: a record must be an object like {shape}, not {line[:40]!r}")
         yield f"{path}:{n}", record
 
 
@@ -71,7 +75,8 @@ def conversation(where: str, record: dict, key: str, role: str) -> list[dict]:
             shape = '{"role": ..., "content": text}'
             raise UserError(f"{where}: {key}: a message must be {shape}, not {json.dumps(message)[:60]}")
         if message.get("role") not in ROLES:
-            raise UserError(f"{where}: {key}: the role must be one of {', '.join(ROLES)}, not {message.get('role')!r}")
+            found = message.get("role")
+            raise UserError(f"{where}: {key}: the role must be one of {', '.join(ROLES)}, not {found!r}")
         if message["role"] == "assistant" and not message["content"].strip():
             what = key if len(value) == 1 else f"{key}: an assistant's turn"
             raise UserError(f"{where}: {what} is empty; remove the record or give it an answer")
@@ -93,9 +98,11 @@ def with_prompt(where: str, pair: dict) -> dict:
         return pair
     chosen, rejected = pair["chosen"], pair["rejected"]
     if not (isinstance(chosen, list) and isinstance(rejected, list)):
-        raise UserError(f"{where}: prompt is missing; only chosen and rejected that are conversations may contain it")
+        hint = "only chosen and rejected that are conversations may contain it"
+        raise UserError(f"{where}: prompt is missing; {hint}")
     if not chosen[:-1] or chosen[:-1] != rejected[:-1]:
-        raise UserError(f"{where}: prompt is missing, and chosen and rejected do not share all but their last turns")
+        hint = "chosen and rejected do not share all but their last turns"
+        raise UserError(f"{where}: prompt is missing, and {hint}")
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
 
