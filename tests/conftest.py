@@ -49,6 +49,18 @@ def same_every_time_and_offline(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> dict:
+    return {"role": "system", "content": text}
+
+
 # ------------------------------------------------------------------------------------------- tokenizer and tiny models
 
 MERGES = (b"th", b"the", b" a", b" th", b"an", b"and")  # in order of rank, each made of two earlier tokens

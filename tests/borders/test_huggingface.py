@@ -12,7 +12,7 @@ import torch
 
 import nanopost.checkpoint
 import train_sft
-from conftest import contents, one_line
+from conftest import assistant, contents, one_line, system, user
 from measured import at_most, distance
 from nanopost.checkpoint import load_model, save_model
 from nanopost.config import UserError
@@ -29,18 +29,6 @@ SIZES = {  # vocab_size, n_positions, n_layer, n_head, n_embd
     "one wide layer, no spare row": (64, 16, 1, 4, 32),
     "three layers, positions that are cropped": (70, 29, 3, 1, 12),
 }
-
-
-def system(text):
-    return {"role": "system", "content": text}
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 @pytest.fixture(scope="session")

@@ -6,22 +6,11 @@ import random
 import pytest
 import tiktoken
 
+from conftest import assistant, system, user
 from nanopost.config import UserError
 from nanopost.tokenizer import CHAT_TOKENS, Tokenizer, load_tokenizer
 
 SPECIALS = ("<|endoftext|>",) + CHAT_TOKENS
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
-def system(text):
-    return {"role": "system", "content": text}
 
 
 def supervised(ids, mask):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import assistant, user
 from nanopost.__main__ import TOOLS, main
 from nanopost.config import parse
 from nanopost.tools import show
@@ -128,14 +129,6 @@ def test_the_console_script_and_all_packages_are_in_pyproject():
 
 
 # ------------------------------------------------------------------------------------------------------------ show
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
 
 
 def test_show_prints_each_record_with_its_targets_in_brackets(nanopost, vocab, lines):
