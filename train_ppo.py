@@ -157,10 +157,11 @@ def rollout(models, tokenizer, prompts, prompt_ids, config, beta, noise) -> Batc
     # Scores: the reward model has never seen an answer that does not end
     scores = models.score(prompts, batch).to(batch.logprobs)  # (B,)
     batch.scores = torch.where(batch.ended, scores, config.missing_end_score)
-    # Rewards and advantages
+    # Rewards and advantages, on the host: a loop over the columns
+    batch = batch.to("cpu")
     rewards = token_rewards(batch.scores, batch.logprobs, batch.ref_logprobs, batch.mask, beta)
     batch.advantages, batch.returns = gae(rewards, batch.values, batch.mask, config.gamma, config.lam)
-    return batch.to("cpu")
+    return batch
 
 
 def minibatch_loss(models, batch, count, config):

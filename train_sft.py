@@ -93,7 +93,7 @@ def update(run, model, optimizer, examples, config):
 
 
 @torch.no_grad()
-def evaluate(model, examples, device, batch_size=64):
+def evaluate(model, examples, device, batch_size=8):
     """Held-out loss in nats per target token."""
     parts = [batch for _, batch in in_length_order(examples, batch_size, device)]
     count = sum(batch.targets for batch in parts)

@@ -1,22 +1,25 @@
-"""nn.Linear, on a CPU by way of oneDNN."""
+"""nn.Linear, on a CPU with AVX-512 by way of oneDNN."""
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-AVX = torch.backends.cpu.get_cpu_capability().startswith("AVX")
-ONEDNN = AVX and torch.backends.mkldnn.is_available()
+CAPABILITY = torch.backends.cpu.get_cpu_capability()  # AVX512, AVX2, DEFAULT, ...
+# Decided by capability and not by a timing: a run must compute the same every time. With AVX2 only, the detour loses.
+ONEDNN = CAPABILITY == "AVX512" and torch.backends.mkldnn.is_available()
 FEW_ROWS, FEW_NUMBERS = 128, 2**15  # below these the detour costs more than it saves
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """F.linear: x (..., I), weight (O, I), bias (O,) -> (..., O). In single precision on a CPU, as a 1x1 convolution.
+    """F.linear: x (..., I), weight (O, I), bias (O,) -> (..., O). In fp32 with AVX-512, as a 1x1 convolution.
 
     It is the same sum, but PyTorch gives F.linear to MKL, which leaves AVX-512 unused on AMD processors, and a
     convolution to oneDNN, which uses it. dilation=2 is a no-op for a 1x1 kernel but keeps single-threaded PyTorch from
     choosing MKL here too.
     """
-    if not ONEDNN or x.device.type != "cpu" or x.dtype != torch.float32:
+    if x.device.type != "cpu":  # first: a compiled graph shall not depend on what follows
+        return F.linear(x, weight, bias)
+    if not ONEDNN or x.dtype != torch.float32:
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)

@@ -23,7 +23,9 @@ def upcast(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-LOGIT_ROWS = 2**13  # rows of logits at once, without gradients: 1.6 GB in fp32 for GPT-2; autograd keeps them all
+# Rows of logits at once, without gradients: for GPT-2 at most 1.2 GB (logits, quotient and log-softmax, in fp32). With
+# gradients this bounds nothing: autograd keeps all of them until the backward pass.
+LOGIT_ROWS = 2**11
 
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -192,6 +194,8 @@ class GPT(nn.Module):
         if decoding:
             position = cache.pos[:, None]  # (B, 1)
             mask = (torch.arange(cache.span, device=device) <= position)[:, None, None]  # (B, 1, 1, S): its own tokens
+            bias = torch.zeros(mask.shape, device=device, dtype=cache.kv.dtype)
+            mask = bias.masked_fill(~mask, -math.inf)  # added to the scores: made once, not once per layer
         else:
             position, mask = torch.arange(T, device=device), None  # (T,)
         x = self.drop(self.wte(ids) + self.wpe(position))  # (B, T, C)

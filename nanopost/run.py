@@ -17,10 +17,12 @@ from nanopost import distributed
 from nanopost.checkpoint import Folder
 from nanopost.config import UserError, at_least
 from nanopost.device import best_dtype, find_device
+from nanopost.linear import CAPABILITY, ONEDNN
 from nanopost.metrics import Metrics
 from nanopost.model import token_nll
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILE_FROM = 20_000_000  # parameters
 MAY_CHANGE = ("resume", "overwrite", "out", "compile", "log_every", "keep_every", "logs")  # when a run is resumed
 
 
@@ -34,7 +36,7 @@ class Options:
     seed: int = 0  # seed of the initialisation, the data order and the sampling
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     dtype: str = "auto"  # precision of computation: fp32, bf16, fp16 or auto (the best on CUDA, else fp32)
-    compile: bool = True  # on CUDA, torch.compile the blocks and the cross-entropy
+    compile: str = "auto"  # torch.compile the model: on, off, or auto (on CUDA, if there is Triton and it is large)
     log_every: int = 10  # steps between two lines of metrics.jsonl
     save_every: int = 200  # steps between two checkpoints
     keep_every: int = 0  # steps between two copies of the model that are kept, in --out/step-N; 0: none
@@ -45,6 +47,8 @@ class Options:
         at_least(self, 0, "seed", "keep_every")
         if self.dtype not in ("auto", *DTYPES):
             raise UserError(f"--dtype must be auto or one of {', '.join(DTYPES)}, not {self.dtype}")
+        if self.compile not in ("auto", "on", "off"):
+            raise UserError(f"--compile must be auto, on or off, not {self.compile}")
         if self.logs not in ("", "tensorboard"):
             raise UserError(f"--logs must be tensorboard or nothing, not {self.logs}")
 
@@ -80,11 +84,11 @@ class Run:
     def __init__(self, method: str, options: Options):
         self.method = method
         self.options = options
-        self.info = {"method": method, "arguments": dataclasses.asdict(options)}
         device, self.rank, self.world = distributed.start(options.device)
         self.device = find_device(device)
-        self.dtype = DTYPES[best_dtype(self.device) if options.dtype == "auto" else options.dtype]
-        self.compiling = options.compile and self.device.type == "cuda"
+        dtype = best_dtype(self.device) if options.dtype == "auto" else options.dtype
+        self.dtype = DTYPES[dtype]
+        self.info = {"method": method, "arguments": dataclasses.asdict(options) | {"dtype": dtype}}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.folder = Folder(options.out, writes=self.rank == 0)
         if not (options.resume or options.overwrite):
@@ -103,14 +107,26 @@ class Run:
     # -- one optimizer step
 
     def compile(self, *models):
-        """Compiles the blocks and the cross-entropy of these models, on CUDA only."""
-        if not self.compiling:
+        """Compiles the blocks and the cross-entropy of these models, if --compile says so."""
+        if not self.compiling(*models):
             return
         nll = torch.compile(token_nll, dynamic=True)
         for model in models:
             model.nll = nll
             for block in model.h:  # block by block: they share their graphs
-                block.compile()
+                block.compile(dynamic=True)
+
+    def compiling(self, *models) -> bool:
+        """auto: only where Triton can be found, and for a model so large that the minutes of compiling pay."""
+        if self.options.compile != "auto":
+            return self.options.compile == "on"
+        size = sum(p.numel() for p in models[0].parameters())
+        if self.device.type != "cuda" or size < COMPILE_FROM:
+            return False
+        triton = importlib.util.find_spec("triton") is not None
+        if not triton:
+            self.print("not compiled: the package triton is missing")
+        return triton
 
     def autocast(self):
         """Compute in bf16 or fp16 where that is set; weights, optimizer and log-probabilities stay fp32."""
@@ -172,6 +188,8 @@ class Run:
         size = sum(p.numel() for p in self.modules["model"].parameters()) / 1e6
         devices = f"{self.device} x {self.world}" if self.world > 1 else f"{self.device}"
         how = f"{str(self.dtype)[6:]}, {torch.get_num_threads()} threads, {size:.2f}M parameters"
+        if self.device.type == "cpu":
+            how += f", {CAPABILITY}: matrix products by {'oneDNN' if ONEDNN else 'PyTorch'}"
         self.print(f"{self.method}: {total} steps on {devices}, {how} -> {self.options.out}")
         off = self.rank > 0 or None  # None: tqdm shows the bar only in a terminal
         steps = range(first + 1, total + 1)

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# GPT-2 124M on one GPU of 24 GB or more: SFT, reward model, DPO and PPO on Anthropic's helpful dialogues.
+# GPT-2 124M on one GPU: SFT, reward model, DPO and PPO on Anthropic's helpful dialogues.
 #
 #     pip install -e ".[hf,data]" && python data/hh/prepare.py && recipes/gpt2.sh
 #
 # DATA is another folder that a data/*/prepare.py wrote, INIT another model (gpt2-medium, a folder in Hugging Face's
 # layout), OUT the folder for the runs. The learning rates are those of the literature for this size (OpenAI's code for
-# Ziegler et al. 2019 was tuned on it). With less memory lower --micro-batch: it changes nothing else. PPO's rollout
+# Ziegler et al. 2019 was tuned on it). Memory, by
+# arithmetic: 24 GB hold it as it is; for 16 GB give --micro-batch 4 everywhere, and PPO --batch-size 32; with 80 GB
+# --micro-batch 64 is faster. --micro-batch changes nothing else. PPO's rollout
 # holds the keys and values of --batch-size answers: 36 kB per token in bf16.
 set -e
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True} # lengths vary: less fragmentation
 python=${PYTHON:-python} data=${DATA:-data/hh} init=${INIT:-gpt2} out=${OUT:-out/gpt2}
 
 # imitate the preferred answers; for gpt2-medium halve the learning rate
@@ -25,7 +28,8 @@ $python train_dpo.py --overwrite --init $out/sft --data $data/pairs_train.jsonl 
 # the critic starts from the reward model, with a trunk of its own; aim at 5 to 20 nats of KL
 $python train_ppo.py --overwrite --init $out/sft --reward $out/rm --critic $out/rm --prompts $data/prompts_train.jsonl \
     --valid $data/prompts_valid.jsonl --steps 200 --batch-size 128 --epochs 4 --minibatches 1 --micro-batch 16 \
-    --lr 1e-5 --beta 0.05 --warmup 10 --max-new-tokens 128 --keep-every 20 --out $out/ppo
+    --lr 1e-5 --beta 0.05 --warmup 10 --max-new-tokens 128 --save-every 50 --keep-every 20 \
+    --out $out/ppo
 
 $python -m nanopost evaluate $out/sft $out/dpo $out/ppo --reference $out/sft --reward $out/rm \
     --prompts $data/prompts_valid.jsonl --pairs $data/pairs_valid.jsonl --max-new-tokens 128 --json $out/report.json

@@ -156,7 +156,7 @@ class Workshop:
         """The configuration of a quick run of train_<script>.py into the folder `out`."""
         common = dict(
             out=str(out), overwrite=True, steps=4, batch_size=8, micro_batch=0, lr=1e-2, log_every=1, eval_every=2,
-            save_every=100, device="cpu", compile=False,
+            save_every=100, device="cpu", compile="off",
         )  # fmt: skip
         pairs = dict(data=self.path("pairs.jsonl"), valid=self.path("pairs_valid.jsonl"), max_new_tokens=8)
         prompts = dict(prompts=self.path("prompts.jsonl"), valid=self.path("prompts_valid.jsonl"), max_new_tokens=8)

@@ -17,6 +17,7 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
+from nanopost import run as run_file
 from nanopost.config import UserError
 from nanopost.data import Batch, Example, Pair
 from nanopost.device import find_device, to_device
@@ -203,19 +204,7 @@ def test_decoding_reads_few_widths_of_the_cache(tiny):
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    """gpu(run): Run.compile takes this run's device for a GPU, which is where it compiles."""
-    compile_models = Run.compile
-
-    def compile_as_on_a_gpu(self, *models):
-        self.compiling = self.options.compile
-        compile_models(self, *models)
-
-    monkeypatch.setattr(Run, "compile", compile_as_on_a_gpu)
-
-
-@pytest.fixture
-def graphs(gpu, monkeypatch):
+def graphs(monkeypatch):
     """Compiling is on, with a compiler that only counts: [number of graphs so far, at every optimizer step]."""
     torch._dynamo.reset()
     made, at_step = [], type("List", (list,), {})()
@@ -236,24 +225,39 @@ def graphs(gpu, monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_all_models_of_a_run_are_compiled_if_wanted_and_share_the_cross_entropy(
-    wanted, gpu, tiny, monkeypatch, tmp_path
-):
+@pytest.mark.parametrize("wanted", ["on", "off"])
+def test_all_models_of_a_run_are_compiled_if_wanted_and_share_the_cross_entropy(wanted, tiny, monkeypatch, tmp_path):
     made = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: made.append(function) or functools.partial(function))
     models = [tiny(8), tiny(8)]
     Run("test", train_sft.Config(out=str(tmp_path / "run"), device="cpu", compile=wanted)).compile(*models)
+    wanted = wanted == "on"
     assert made.count(token_nll) == wanted and len(made) == (1 + 4) * wanted
     assert (models[0].nll is models[1].nll) and (models[0].nll is not GPT.nll) == wanted
     for block in [*models[0].h, *models[1].h]:
         assert (block._compiled_call_impl is not None) == wanted
 
 
+@pytest.mark.parametrize(
+    "device, triton, large", [("cuda", True, True), ("cpu", True, True), ("cuda", False, True), ("cuda", True, False)]
+)
+def test_auto_compiles_large_models_where_triton_is(device, triton, large, tiny, monkeypatch, tmp_path):
+    run = Run("test", train_sft.Config(out=str(tmp_path / "run"), device="cpu"))
+    run.device = torch.device(device)
+    monkeypatch.setattr(run_file, "COMPILE_FROM", 1 if large else 10**9)
+    monkeypatch.setattr(run_file.importlib.util, "find_spec", lambda name: triton or None)
+    assert run.compiling(tiny(8)) == (device == "cuda" and triton and large)
+
+
+def test_an_unknown_way_to_compile_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--compile must be auto, on or off, not yes"):
+        train_sft.Config(out=str(tmp_path / "run"), compile="yes")
+
+
 def test_nothing_is_compiled_on_the_cpu(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "compile", None)
     model = tiny(8)
-    Run("test", train_sft.Config(out=str(tmp_path / "run"), device="cpu", compile=True)).compile(model)
+    Run("test", train_sft.Config(out=str(tmp_path / "run"), device="cpu", compile="auto")).compile(model)
     assert model.nll is token_nll and all(block._compiled_call_impl is None for block in model.h)
 
 
@@ -290,7 +294,7 @@ TEXTS = [
 def test_nothing_is_compiled_after_the_first_steps(script, key, options, graphs, workshop, tmp_path, lines):
     """Batches of every length, whole and cut into unequal micro-batches: the blocks share three graphs or fewer (of the
     first shape, of any shape, and without gradients), and the cross-entropy has one or two."""
-    options |= {key: lines(TEXTS), "steps": 12, "batch_size": 5, "micro_batch": 3, "eval_every": 100, "compile": True}
+    options |= {key: lines(TEXTS), "steps": 12, "batch_size": 5, "micro_batch": 3, "eval_every": 100, "compile": "on"}
     workshop.run(script, tmp_path / "run", **options)
     assert len(graphs) >= 12 and 0 < graphs[-1] <= 5
     assert set(graphs[4:]) == {graphs[-1]}, f"graphs made up to every step: {graphs}"

@@ -1,5 +1,9 @@
 """nn.Linear by way of oneDNN's convolution: the same product, and only where it may pay. On any processor."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -73,6 +77,16 @@ def test_under_autocast_and_without_onednn_it_goes_to_pytorch(convolutions, monk
 
 def test_the_detour_needs_a_pytorch_with_onednn():
     assert torch.backends.mkldnn.is_available() or not linear_file.ONEDNN
+
+
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_only_avx512_takes_the_detour(capability):
+    """Decided by what PyTorch says of the processor, in a process that plays a lesser one."""
+    code = "from nanopost.linear import CAPABILITY, ONEDNN; print(CAPABILITY, ONEDNN)"
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    name, detour = done.stdout.split()
+    assert detour == "False" and name != "AVX512"
 
 
 def test_all_matrices_of_a_model_are_multiplied_by_linear(convolutions):

@@ -49,7 +49,7 @@ def test_frozen_parameters_are_not_optimised(tiny):
 
 # ------------------------------------------------------------------------------------------------------- Run itself
 
-OPTIONS = dict(device="cpu", compile=False, log_every=2, save_every=3)
+OPTIONS = dict(device="cpu", compile="off", log_every=2, save_every=3)
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_the_log_is_a_header_and_a_json_line_per_logged_step_with_tensors_as_num
     run.log(4, {"loss": 1, "lr": 1.23456789e-9})
     run.save(4)
     header, *lines = lines_of(run.options.out)
-    assert header == {"method": "test", "arguments": vars(run.options)}
+    assert header == {"method": "test", "arguments": vars(run.options) | {"dtype": "fp32"}}
     assert all(line.pop("seconds") >= 0 for line in lines)
     assert lines == [
         {"step": 0, "eval/loss": 2.0},
@@ -489,7 +489,7 @@ def test_resuming_the_run_of_another_script_is_refused(workshop, interrupted):
 
 
 def test_how_often_it_logs_and_keeps_may_change_when_resuming(workshop, interrupted):
-    options = dict(LONG, log_every=3, keep_every=1, compile=True, overwrite=False, resume=True)
+    options = dict(LONG, log_every=3, keep_every=1, compile="auto", overwrite=False, resume=True)
     workshop.run("sft", interrupted, **options)
     assert (interrupted / "config.json").exists()
     assert copies(interrupted) == ["step-5", "step-6"]  # those of the steps that were still to be made
