@@ -207,8 +207,17 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (..., C) -> (..., V). Rows beyond the real tokens are cut off, so they get no probability."""
-        return linear(hidden, self.wte.weight)[..., : self.config.vocab_size]
+        """hidden (..., C) -> (..., V). Rows beyond the real tokens are cut off, so they get no probability.
+
+        Under bf16 autocast they are made in fp32 (TF32 on a GPU that has it): GPT-2's are near -100, where two
+        neighbouring numbers of bf16 are 0.5 apart."""
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+            with torch.autocast(device, enabled=False):
+                logits = linear(upcast(hidden), self.wte.weight)
+        else:
+            logits = linear(hidden, self.wte.weight)
+        return logits[..., : self.config.vocab_size]
 
     def scalar(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden (..., C) -> (...): the value or the reward at each position, in fp32 even under autocast."""

@@ -302,3 +302,23 @@ def test_decoding_beyond_the_context_or_the_cache_raises_valueerror(model):
     cache.fill(torch.tensor([20]), 20)
     with pytest.raises(ValueError, match="room for 20 tokens"):
         cache.extend()
+
+
+@torch.no_grad()
+def test_logits_far_from_zero_are_not_rounded_to_bf16(tiny):
+    """GPT-2's logits share a large negative offset, which softmax does not see; rounding to bf16 would."""
+    model = tiny(60).eval()
+    unit = torch.nn.functional.normalize(torch.randn(16), dim=0)
+    weight = model.wte.weight
+    weight += unit - (weight @ unit)[:, None] * unit  # every token's weight along the unit vector is now 1
+    model.ln_f.bias -= 110 * unit
+    ids = torch.randint(60, (4, 8))
+    index = torch.arange(4 * 7)
+    hidden = model(ids)
+    exact = model.logprobs(hidden, ids, index)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model.logits(hidden)
+        ours = model.logprobs(hidden, ids, index)
+    assert logits.dtype == torch.float32 and logits.mean() < -100
+    assert (ours - exact).abs().max() < 1e-3
+    assert (logits.bfloat16().float() - logits).abs().max() > 0.1  # what rounding them would have done
