@@ -30,7 +30,7 @@ from nanopost.data import Batch, batches, load_prompts, micro_batches
 from nanopost.model import GPT
 from nanopost.reward import load_reward, load_reward_model
 from nanopost.run import Options, Run, adamw, schedule
-from nanopost.sampling import generate, show_answers
+from nanopost.sampling import generate, in_parts, show_answers
 
 
 @dataclass
@@ -277,11 +277,14 @@ def main(config: Config):
     optimizer = adamw(parameters, config.lr, eps=1e-5)
     state = {"beta": config.beta}
 
+    def play(prompts, prompt_ids, noise):
+        with run.autocast():
+            return rollout(models, tokenizer, prompts, prompt_ids, config, state["beta"], noise)
+
     def report(step):
         generator = torch.Generator().manual_seed(config.seed)  # evaluation must not advance the training RNG
         noise = torch.rand(len(valid), config.max_new_tokens, generator=generator)
-        with run.autocast():
-            batch = rollout(models, tokenizer, valid, valid_ids, config, state["beta"], noise)
+        batch = in_parts(play, valid, valid_ids, noise)
         means = answer_means(batch)
         run.log(step, {f"eval/{name}": value for name, value in means.items()})
         run.print(f"step {step}, held-out: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
@@ -301,9 +304,7 @@ def main(config: Config):
         noise = torch.rand(config.batch_size, config.max_new_tokens)
         rows = run.shard(list(islice(order, config.batch_size)))
         asked, asked_ids = [prompts[i] for i in rows], [prompt_ids[i] for i in rows]
-        with run.autocast():
-            batch = rollout(models, tokenizer, asked, asked_ids, config, state["beta"], run.shard(noise))
-        batch = run.all_gather(batch)
+        batch = run.all_gather(in_parts(play, asked, asked_ids, run.shard(noise)))
         history = update(run, models, optimizer, batch, config)
         stats = statistics(batch, history, state["beta"])
         if config.kl_target:

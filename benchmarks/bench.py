@@ -41,7 +41,7 @@ from nanopost.data import Example, Pair, batches  # noqa: E402
 from nanopost.linear import linear  # noqa: E402
 from nanopost.model import GPT, GPTConfig  # noqa: E402
 from nanopost.run import Run, adamw  # noqa: E402
-from nanopost.sampling import generate  # noqa: E402
+from nanopost.sampling import generate, in_parts  # noqa: E402
 
 
 @dataclass
@@ -384,10 +384,13 @@ def measure_ppo(what: str, size: Size, config: Config) -> dict:
     data = prompts(size, options.batch_size)
     before = memory(run.device)
 
+    def play(prompts, prompt_ids, noise):
+        return train_ppo.rollout(models, no_end, prompts, prompt_ids, options, options.beta, noise)
+
     def iteration():
         noise = torch.rand(options.batch_size, options.max_new_tokens)
         with run.autocast(), mock.patch.object(train_ppo, "generate", timed_generate):
-            batch = train_ppo.rollout(models, no_end, data, data, options, options.beta, noise)
+            batch = in_parts(play, data, data, noise)
         timed_update(run, models, optimizer, batch, options)
 
     warm_s = clock(iteration, run.device)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from nanopost.config import UserError
 from nanopost.device import to_device
@@ -106,6 +107,18 @@ class Batch:
     def to(self, device) -> "Batch":
         tensors = self.tensors() | {"index": self.index}
         return Batch(**{name: to_device(x, device) for name, x in tensors.items()})
+
+    @staticmethod
+    def join(parts: list["Batch"], order: torch.Tensor) -> "Batch":
+        """The rows of all parts in one batch: the i-th of them becomes row order[i]. Shorter parts get more padding."""
+        T = max(part.ids.shape[1] for part in parts)
+        joined = {}
+        for name in parts[0].tensors():
+            width = T if name == "ids" else T - 1
+            tensors = [part.tensors()[name] for part in parts]
+            rows = torch.cat([F.pad(x, (0, width - x.shape[1])) if x.dim() > 1 else x for x in tensors])
+            joined[name] = torch.empty_like(rows).index_copy_(0, order, rows)
+        return Batch(**joined)
 
     def responses(self) -> list[list[int]]:
         """The target ids of every row, without the end token of those that ended."""

@@ -511,3 +511,30 @@ def test_batches_of_prompts_can_feed_the_sampler(model):
     rows = next(batches(prompts, 4))
     batch = generate(model, [prompts[i] for i in rows], 4, END)
     assert batch.mask.long().argmax(1).tolist() == [len(prompts[i]) - 1 for i in rows]
+
+
+@pytest.mark.parametrize("part_rows, parts", [(100, 1), (4, 2), (2, 4), (1, 4)])
+def test_a_rollout_in_parts_has_the_same_samples_in_the_same_rows(part_rows, parts, tiny, monkeypatch):
+    model, calls = tiny(60).add_head(0.5).eval(), []
+    prompts = [[7] * n for n in (5, 1, 9, 3, 30, 2, 4, 6)]
+    noise = torch.rand(8, 12)
+
+    def rollout(names, prompts, noise):
+        calls.append(names)
+        batch = generate(model, prompts, 12, 3, noise=noise)
+        batch.scores = torch.tensor([float(name) for name in names])
+        return batch
+
+    whole = rollout(range(8), prompts, noise)
+    calls.clear()
+    monkeypatch.setattr(sampling, "PART_ROWS", part_rows)
+    batch = sampling.in_parts(rollout, list(range(8)), prompts, noise)
+    assert len(calls) == parts and batch.scores.tolist() == list(range(8))
+    longest = [max(len(prompts[i]) for i in names) for names in calls]
+    assert longest == sorted(longest) and longest[-1] == 30  # each part is as wide as its own prompts need
+    T = whole.ids.shape[1]
+    assert torch.equal(batch.lengths, whole.lengths) and torch.equal(batch.ended, whole.ended)
+    assert batch.ids.shape[1] == T and torch.equal(batch.mask, whole.mask)
+    assert torch.equal(batch.ids[:, 1:][batch.mask], whole.ids[:, 1:][whole.mask])
+    torch.testing.assert_close(batch.logprobs, whole.logprobs)
+    torch.testing.assert_close(batch.values, whole.values)

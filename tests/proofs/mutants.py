@@ -411,8 +411,8 @@ PPO = {
         ),
         (
             "beta is adapted and never used",
-            'config, state["beta"], run.shard(noise)',
-            "config, config.beta, run.shard(noise)",
+            'prompt_ids, config, state["beta"], noise',
+            "prompt_ids, config, config.beta, noise",
         ),
         (
             "the log has another beta",
@@ -432,8 +432,8 @@ PPO = {
         ("dropout on in the updates", "run.compile(*trained.values())", "policy.train()"),
         (
             "held-out answers graded against another prompt",
-            "tokenizer, valid, valid_ids,",
-            "tokenizer, valid[::-1], valid_ids,",
+            "in_parts(play, valid, valid_ids,",
+            "in_parts(play, valid[::-1], valid_ids,",
         ),
     ],
 }
