@@ -284,8 +284,7 @@ def main(config: Config):
     def report(step):
         generator = torch.Generator().manual_seed(config.seed)  # evaluation must not advance the training RNG
         noise = torch.rand(len(valid), config.max_new_tokens, generator=generator)
-        batch = in_parts(play, valid, valid_ids, noise)
-        means = answer_means(batch)
+        means = answer_means(in_parts(play, valid, valid_ids, noise))
         run.log(step, {f"eval/{name}": value for name, value in means.items()})
         run.print(f"step {step}, held-out: " + ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
         run.print(show_answers(policy, tokenizer, valid_ids[:3], config.max_new_tokens))

@@ -112,12 +112,13 @@ class Batch:
     def join(parts: list["Batch"], order: torch.Tensor) -> "Batch":
         """The rows of all parts in one batch: the i-th of them becomes row order[i]. Shorter parts get more padding."""
         T = max(part.ids.shape[1] for part in parts)
+        back = order.argsort()
         joined = {}
         for name in parts[0].tensors():
             width = T if name == "ids" else T - 1
             tensors = [part.tensors()[name] for part in parts]
             rows = torch.cat([F.pad(x, (0, width - x.shape[1])) if x.dim() > 1 else x for x in tensors])
-            joined[name] = torch.empty_like(rows).index_copy_(0, order, rows)
+            joined[name] = rows[back]
         return Batch(**joined)
 
     def responses(self) -> list[list[int]]:

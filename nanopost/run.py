@@ -108,7 +108,7 @@ class Run:
 
     def compile(self, *models):
         """Compiles the blocks and the cross-entropy of these models, if --compile says so."""
-        if not self.compiling(*models):
+        if not self.compiling(models[0]):
             return
         nll = torch.compile(token_nll, dynamic=True)
         for model in models:
@@ -116,11 +116,11 @@ class Run:
             for block in model.h:  # block by block: they share their graphs
                 block.compile(dynamic=True)
 
-    def compiling(self, *models) -> bool:
+    def compiling(self, model) -> bool:
         """auto: only where Triton can be found, and for a model so large that the minutes of compiling pay."""
         if self.options.compile != "auto":
             return self.options.compile == "on"
-        size = sum(p.numel() for p in models[0].parameters())
+        size = sum(p.numel() for p in model.parameters())
         if self.device.type != "cuda" or size < COMPILE_FROM:
             return False
         triton = importlib.util.find_spec("triton") is not None

@@ -5,10 +5,13 @@
 #
 # DATA is another folder that a data/*/prepare.py wrote, INIT another model (gpt2-medium, a folder in Hugging Face's
 # layout), OUT the folder for the runs. The learning rates are those of the literature for this size (OpenAI's code for
-# Ziegler et al. 2019 was tuned on it). Memory, by
-# arithmetic: 24 GB hold it as it is; for 16 GB give --micro-batch 4 everywhere, and PPO --batch-size 32; with 80 GB
-# --micro-batch 64 is faster. --micro-batch changes nothing else. PPO's rollout
-# holds the keys and values of --batch-size answers: 36 kB per token in bf16.
+# Ziegler et al. 2019 was tuned on it).
+#
+# Memory, by arithmetic and not yet measured: 2 GB for weights, gradients and moments (PPO with its critic, reference
+# and reward model: 5 GB), 0.3 MB per token of a micro-batch, up to 0.6 MB more per target (fp32 logits and what the
+# loss makes of them), and in PPO 37 kB per token of --batch-size answers for keys and values, a quarter of them at a
+# time. --micro-batch bounds all but the last, and changes nothing else. 16 is for 24 GB where few tokens are targets
+# (for long answers take 8), 4 for 16 GB, and there PPO wants --batch-size 32; 80 GB hold 32. The longest batch decides.
 set -e
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True} # lengths vary: less fragmentation
 python=${PYTHON:-python} data=${DATA:-data/hh} init=${INIT:-gpt2} out=${OUT:-out/gpt2}
@@ -28,8 +31,7 @@ $python train_dpo.py --overwrite --init $out/sft --data $data/pairs_train.jsonl 
 # the critic starts from the reward model, with a trunk of its own; aim at 5 to 20 nats of KL
 $python train_ppo.py --overwrite --init $out/sft --reward $out/rm --critic $out/rm --prompts $data/prompts_train.jsonl \
     --valid $data/prompts_valid.jsonl --steps 200 --batch-size 128 --epochs 4 --minibatches 1 --micro-batch 16 \
-    --lr 1e-5 --beta 0.05 --warmup 10 --max-new-tokens 128 --save-every 50 --keep-every 20 \
-    --out $out/ppo
+    --lr 1e-5 --beta 0.05 --warmup 10 --max-new-tokens 128 --save-every 50 --keep-every 20 --out $out/ppo
 
 $python -m nanopost evaluate $out/sft $out/dpo $out/ppo --reference $out/sft --reward $out/rm \
     --prompts $data/prompts_valid.jsonl --pairs $data/pairs_valid.jsonl --max-new-tokens 128 --json $out/report.json

@@ -149,10 +149,11 @@ def test_reading_the_meta_device_or_mixing_it_with_the_host_fails(read):
 
 
 def test_a_rollout_is_brought_to_the_host_at_once(tiny, monkeypatch):
-    """All its tensors together, when the last is made."""
+    """All its tensors together, before the advantages are made."""
     brought, to = [], Batch.to
 
     def watched(batch, device):
+        assert batch.advantages is None  # made on the host: a loop of small operations over the columns
         brought.append((device, to(batch, device)))
         return brought[-1][1]
 
@@ -292,12 +293,13 @@ TEXTS = [
     ],
 )
 def test_nothing_is_compiled_after_the_first_steps(script, key, options, graphs, workshop, tmp_path, lines):
-    """Batches of every length, whole and cut into unequal micro-batches: the blocks share three graphs or fewer (of the
-    first shape, of any shape, and without gradients), and the cross-entropy has one or two."""
+    """Batches of every length, whole and cut into unequal micro-batches: the blocks share two graphs (with
+    gradients and without), whatever the shape of the first batch, and the cross-entropy has one or two."""
     options |= {key: lines(TEXTS), "steps": 12, "batch_size": 5, "micro_batch": 3, "eval_every": 100, "compile": "on"}
     workshop.run(script, tmp_path / "run", **options)
-    assert len(graphs) >= 12 and 0 < graphs[-1] <= 5
+    assert len(graphs) >= 12
     assert set(graphs[4:]) == {graphs[-1]}, f"graphs made up to every step: {graphs}"
     losses = [graph for graph in graphs.made if "cross_entropy" in graph.code]
     assert 1 <= len(losses) <= 2 if script != "rm" else not losses
-    assert sum("scaled_dot_product_attention" in graph.code for graph in graphs.made) == len(graphs.made) - len(losses)
+    blocks = [graph for graph in graphs.made if "scaled_dot_product_attention" in graph.code]
+    assert 1 <= len(blocks) <= 2 and len(blocks) + len(losses) == len(graphs.made)

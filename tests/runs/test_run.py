@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import ROOT, SCRIPTS, Killed, assert_same_tensors, contents, copies, die_after, one_line, tensors
+from nanopost import run as run_file
 from nanopost.checkpoint import load_model, save_model
 from nanopost.config import UserError, flag
 from nanopost.run import Options, Run, adamw, schedule
@@ -479,6 +480,18 @@ def test_resuming_with_other_options_is_refused_and_changes_nothing(workshop, in
         workshop.run("sft", interrupted, overwrite=False, resume=True, **{**LONG, **change})
     one_line(error)
     assert contents(interrupted) == before
+
+
+def test_the_precision_is_the_resolved_one_when_resuming(workshop, interrupted, monkeypatch):
+    """auto may stand for another precision on another machine; the gradient scaler's state would not fit."""
+    before = contents(interrupted)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(run_file, "best_dtype", lambda device: "bf16")
+        with pytest.raises(UserError, match="was started with dtype = fp32, not bf16"):
+            workshop.run("sft", interrupted, overwrite=False, resume=True, **LONG)
+    assert contents(interrupted) == before
+    workshop.run("sft", interrupted, overwrite=False, resume=True, **LONG, dtype="fp32")  # what auto was
+    assert (interrupted / "config.json").exists()
 
 
 def test_resuming_the_run_of_another_script_is_refused(workshop, interrupted):
