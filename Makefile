@@ -2,6 +2,7 @@
 # make test         sets up .venv and runs the tests
 # make lint         checks the code with ruff, and that it is formatted (`ruff format` formats it)
 # make bench        measures speed and memory; e.g. make bench BENCH="--size trl-small --against trl"
+# make torture      kills, crashes, full disks, damaged and malformed files in full (docs/reliability.md)
 # make results      runs what the documents quote and writes docs/results.md
 
 PYTHON ?= python3
@@ -17,6 +18,9 @@ lint: .venv/installed
 	$(VENV) -m ruff check
 	$(VENV) -m ruff format --check
 
+torture: .venv/installed
+	$(VENV) -m pytest -n auto tests/torture --torture 20 $(TORTURE)
+
 bench: .venv/installed
 	$(VENV) benchmarks/bench.py $(BENCH)
 
@@ -29,4 +33,4 @@ results: .venv/installed
 	$(VENV) -m pip install --quiet --editable ".[test,plot,dev]"
 	touch $@
 
-.PHONY: quickstart test lint bench results
+.PHONY: quickstart test lint torture bench results

@@ -5,7 +5,7 @@
     train, valid = hold_out(records, share)           if the publisher has no validation split
     save(folder, sft, pairs)                          {sft,pairs,prompts}_{train,valid}.jsonl, all or none
 
-Only parquet needs an extra package, pyarrow.
+The scripts of data/notes write with write_files, too: all files or none. Only parquet needs an extra package, pyarrow.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import io
 import json
 import os
 import sys
-import zlib
 from http.client import HTTPException
 from pathlib import Path
 
@@ -67,6 +66,8 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
 
     where is "file:line" in JSON Lines, otherwise "file[index]", counted from 0.
     """
+    if not os.path.isfile(path):  # a pipe would never end
+        raise UserError(f"no file {path}")
     with open(path, "rb") as f:
         data = f.read()
     try:
@@ -80,12 +81,13 @@ def read_rows(path: str) -> list[tuple[str, dict]]:
             return list(parse_records(path, data.splitlines()))
     except UserError:
         raise
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is broken: {str(error).splitlines()[0]}; get it again") from None
+    except Exception as error:  # a corrupt file can raise anything, even MemoryError
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} is broken: {reason}; get it again") from None
     rows = [(f"{path}[{i}]", row) for i, row in enumerate(rows)]
     for where, row in rows:
         if not isinstance(row, dict):
-            raise UserError(f"{where}: a record must be an object, not {json.dumps(row)[:40]}")
+            raise UserError(f"{where}: a record must be an object, not {json.dumps(row, default=str)[:40]}")
     return rows
 
 
@@ -101,7 +103,7 @@ def string_of(where: str, row: dict, key: str) -> str:
     """row[key] without surrounding white space. Raises UserError if it is not a string."""
     require(where, row, key)
     if not isinstance(row[key], str):
-        raise UserError(f"{where}: {key} must be a string, not {json.dumps(row[key])[:40]}")
+        raise UserError(f"{where}: {key} must be a string, not {json.dumps(row[key], default=str)[:40]}")
     return row[key].strip()
 
 
@@ -155,12 +157,7 @@ def save(folder: str, sft: tuple, pairs: tuple):
             raise UserError(f"{folder}: too few records to split; none is left for {split}")
         files[f"prompts_{split}"] = list(prompts.values())
 
-    os.makedirs(folder, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        for name in filter(files.get, files):  # those with records
-            f = stack.enter_context(atomic(os.path.join(folder, f"{name}.jsonl")))
-            f.writelines(json.dumps(record) + "\n" for record in files[name])
-            f.flush()  # a full disk shows here, before the first file gets its name
+    write_files(folder, {f"{name}.jsonl": map(json.dumps, records) for name, records in files.items() if records})
     for name, records in files.items():
         if not records:
             Path(folder, f"{name}.jsonl").unlink(missing_ok=True)
@@ -169,3 +166,13 @@ def save(folder: str, sft: tuple, pairs: tuple):
     if dropped:
         print(f"dropped {dropped:,} training records whose prompt is held out")
     print(f"{folder}: " + ", ".join(f"{name} {len(records):,}" for name, records in files.items() if records))
+
+
+def write_files(folder: str, files: dict):
+    """Writes {name: lines} into the folder, which is made if need be: all files or none."""
+    os.makedirs(folder, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        for name, lines in files.items():
+            f = stack.enter_context(atomic(os.path.join(folder, name)))
+            f.writelines(line + "\n" for line in lines)
+            f.flush()  # a full disk shows here, before the first file gets its name

@@ -5,7 +5,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from nanopost.config import cli
+from nanopost.config import cli, fail
 
 TOOLS = ("chat", "sample", "evaluate", "label", "plot", "export", "show")
 
@@ -25,8 +25,7 @@ def main():
         module = importlib.import_module(f"nanopost.tools.{tool}")
         cli(module.main, module.Config, arguments, prog=f"nanopost {tool}")
     else:
-        print(f"error: there is no tool {tool}; the tools are {', '.join(TOOLS)}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"there is no tool {tool}; the tools are {', '.join(TOOLS)}")
 
 
 if __name__ == "__main__":

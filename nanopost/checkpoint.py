@@ -8,32 +8,66 @@ one is complete. Loading runs no code: only tensors and plain values are read.
 
 import contextlib
 import dataclasses
-import glob
 import json
 import os
+import re
 import shutil
+import weakref
+import zipfile
 
 import torch
 
 from nanopost.config import UserError
 from nanopost.huggingface import is_pretrained, read_config
 from nanopost.model import GPT, GPTConfig
+from nanopost.records import read_json
 from nanopost.tokenizer import CHAT_TOKENS, Tokenizer, load_tokenizer
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCKS = {}  # {folder: what releases it}, of this process
+
+
+@contextlib.contextmanager
+def naming(path: str):
+    """Gives an error of the disk the name of the file, which it does not know. torch.save hides it in its own."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError) or cause.errno is None or cause.filename is not None:
+            raise
+        raise OSError(cause.errno, cause.strerror, path) from None
 
 
 @contextlib.contextmanager
 def atomic(path: str, mode: str = "w"):
     """Opens a file that appears under its name only when it is complete and on the disk."""
     temporary = f"{path}.tmp"
+    remove(temporary)  # of a killed run, or a link that someone put there
     try:
-        with open(temporary, mode) as f:
+        with naming(path), open(temporary, mode.replace("w", "x")) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)
+        remove(temporary)
+
+
+def remove(path: str):
+    """Deletes a file if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(path)
+
+
+def remove_link(path: str):
+    """Deletes what is no folder of ours but a link to one."""
+    if os.path.islink(path):
+        os.remove(path)
 
 
 class Folder:
@@ -43,28 +77,60 @@ class Folder:
         self.path = path
         self.writes = writes
         self.state = os.path.join(path, "state.pt")
+        self.config = os.path.join(path, "config.json")
+
+    def lock(self):
+        """Keeps other processes from writing to the folder, if there is one, until unlock(), or until this process
+        ends, however it ends. Raises UserError if another one has it."""
+        self.unlock()  # of an earlier run in this process
+        if self.writes and fcntl and os.path.isdir(self.path):
+            descriptor = os.open(self.path, os.O_RDONLY)
+            LOCKS[os.path.realpath(self.path)] = weakref.finalize(self, os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.unlock()
+                raise UserError(f"another run is writing to {self.path}; wait for it, or give another --out") from None
+            except OSError:
+                pass  # some network file systems have no locks
+
+    def unlock(self):
+        LOCKS.pop(os.path.realpath(self.path), lambda: None)()
 
     def finished(self) -> bool:
-        return os.path.exists(os.path.join(self.path, "config.json"))
+        return os.path.exists(self.config)
 
-    def refuse_earlier_run(self):
-        """Raises UserError if the folder holds a run, finished or not."""
-        if self.finished():
+    def take(self, replace: bool):
+        """lock(). Unless `replace`, raises UserError if the folder holds a run, finished or not."""
+        self.lock()
+        if not replace and self.finished():
             raise UserError(f"{self.path} holds a finished run; give --overwrite to replace it, or another --out")
-        if any(os.path.exists(os.path.join(self.path, name)) for name in ("state.pt", "metrics.jsonl")):
+        if not replace and any(os.path.exists(os.path.join(self.path, name)) for name in ("state.pt", "metrics.jsonl")):
             raise UserError(f"{self.path} holds an unfinished run; give --resume to continue it, or --overwrite")
 
-    def replace_earlier_run(self):
-        """Makes the folder; deletes an earlier run's files in it except the weights, which are replaced at the end."""
+    def replace_earlier_run(self, replace: bool):
+        """Makes and takes the folder; deletes an earlier run's files in it except the weights, which are replaced at
+        the end."""
         os.makedirs(self.path, exist_ok=True)
+        self.take(replace)
         self.remove("state.pt", "config.json", "metrics.jsonl")
-        folders = ["tensorboard", *glob.glob("step-[0-9]*", root_dir=self.path)]
-        for folder in folders if self.writes else ():
-            shutil.rmtree(os.path.join(self.path, folder), ignore_errors=True)
+        for name in os.listdir(self.path) if self.writes else ():
+            path = os.path.join(self.path, name)
+            if re.fullmatch("step-[1-9][0-9]*", name) and os.path.isdir(path):
+                remove_link(path)
+                remove(os.path.join(path, "config.json"))  # first: without it, the rest is no model
+                shutil.rmtree(path, ignore_errors=True)
+            elif name == "tensorboard":
+                shutil.rmtree(path, ignore_errors=True)
 
     def restore(self) -> dict | None:
         """The last checkpoint, or None. Raises UserError if it cannot be read."""
-        return load_file(self.state) if os.path.exists(self.state) else None
+        if not os.path.exists(self.state):
+            return None
+        saved = load_file(self.state)
+        if not isinstance(saved, dict):
+            raise UserError(f"{self.state} is no checkpoint; give --overwrite to start again")
+        return saved
 
     def checkpoint(self, state: dict):
         """Everything that the rest of the run depends on, in one file: it is the old one or the new one, never half."""
@@ -75,13 +141,15 @@ class Folder:
     def remove(self, *names: str):
         """Deletes files that are there."""
         for name in names if self.writes else ():
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(self.path, name))
+            remove(os.path.join(self.path, name))
 
     def save(self, name: str, model: GPT, tokenizer: Tokenizer, info: dict, head: bool):
         """save_model, into a folder inside this one, or ("") into this one."""
+        path = os.path.join(self.path, name)
         if self.writes:
-            save_model(os.path.join(self.path, name), model, tokenizer, info, head)
+            if name:
+                remove_link(path)
+            save_model(path, model, tokenizer, info, head)
 
 
 def save_model(folder: str, model: GPT, tokenizer: Tokenizer, info: dict, head: bool = True):
@@ -119,25 +187,46 @@ def load_model(name: str, device="cpu", reward: bool | None = False) -> tuple[GP
 def load_run(folder: str) -> tuple[GPT, Tokenizer]:
     """The model and the tokenizer that save_model wrote."""
     if not os.path.isdir(folder):
-        raise UserError(f"no folder {folder}")
-    try:
-        with open(os.path.join(folder, "config.json")) as f:
-            config = GPTConfig(**json.load(f)["model"])
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no finished model (no config.json); --resume its training") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}/config.json does not describe a model: {error}") from None
+        raise UserError(f"no folder {folder or repr(folder)}")
+    config = read_sizes(folder)
     tokenizer = load_tokenizer(os.path.join(folder, "vocab.tiktoken"))
-    model = GPT(config)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(f"{folder}: the vocabulary has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
     path = os.path.join(folder, "model.pt")
     tensors = load_file(path)
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    if not isinstance(tensors, dict) or {n: getattr(t, "shape", None) for n, t in tensors.items()} != shapes:
+    if not fits(tensors, config):
         raise UserError(f"{path} does not fit the model that config.json describes")
+    model = GPT(config)
     model.load_state_dict(tensors)
     return model, tokenizer
+
+
+def read_sizes(folder: str) -> GPTConfig:
+    """The model's sizes in config.json. Raises UserError if there are none, or they are no sizes."""
+    path = os.path.join(folder, "config.json")
+    if not os.path.isfile(path):
+        raise UserError(f"{folder} holds no finished model (no config.json); --resume its training")
+    try:
+        sizes = read_json(path)["model"]
+        for name, value in sizes.items():
+            kind = type(getattr(GPTConfig, name))
+            if type(value) is not kind and name != "dropout":
+                raise TypeError(f"{name} must be of type {kind.__name__}")
+        return GPTConfig(**sizes)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not describe a model: {error}") from None
+
+
+def fits(tensors, config: GPTConfig) -> bool:
+    """Whether these are the tensors of such a model. It is not allocated to find out: its sizes could be absurd."""
+    if not isinstance(tensors, dict) or config.n_layer > len(tensors):
+        return False
+    try:
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+    except (RuntimeError, TypeError, OverflowError):  # numbers beyond 64 bits
+        return False
+    return {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()} == shapes
 
 
 def load_pretrained(name: str) -> tuple[GPT, Tokenizer]:
@@ -158,9 +247,18 @@ def load_pretrained(name: str) -> tuple[GPT, Tokenizer]:
 def load_file(path: str):
     """Tensors and plain values; nothing else is ever unpickled. Raises UserError if it cannot be read."""
     try:
+        if not os.path.isfile(path):
+            raise UserError("there is no such file")
+        with zipfile.ZipFile(path) as archive:  # torch.load itself compares no checksums
+            odd = any(part.compress_type or part.external_attr for part in archive.infolist())  # torch.save has neither
+            if odd or archive.testzip():
+                raise ValueError
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a corrupt file can raise anything
-        raise UserError(f"{path} cannot be read: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+    except (UserError, MemoryError, PermissionError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "there is not enough memory"
+    except Exception:  # a corrupt file can raise anything
+        reason = "it is damaged, or holds more than tensors and numbers; nothing of it was run"
+    raise UserError(f"{path} cannot be read: {reason}")
 
 
 def same_vocabulary(tokenizer: Tokenizer, other: Tokenizer, first: str, second: str):

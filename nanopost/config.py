@@ -23,6 +23,25 @@ class UserError(ValueError):
     """A mistake in the input, told in one line: what is wrong, where, what to do. The command line exits with 2."""
 
 
+# Control characters, line separators, what reverses the direction of writing, halves of surrogate pairs.
+UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|Storage size")  # what PyTorch's errors say
+
+
+def clean(text: str) -> str:
+    """Text of a model or a file made safe for a terminal: control characters are written out (\\x1b), but for tabs and
+    line breaks."""
+    return UNSAFE.sub(lambda character: character[0].encode("unicode_escape").decode(), text)
+
+
+def one_line(text: str, longest: int = 1000) -> str:
+    """Text made safe, on one line; from the middle of a longer one something is left out."""
+    text = clean(text).strip().replace("\n", "\\n")
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} ... {text[-half:]}"
+
+
 def flag(name: str) -> str:
     """The option of a field: batch_size -> --batch-size."""
     return "--" + name.replace("_", "-")
@@ -40,6 +59,13 @@ def between(config, low: float, high: float, *names: str):
 def at_least(config, low: float, *names: str):
     """Raises UserError unless each of these fields is at least `low`."""
     between(config, low, math.inf, *names)
+
+
+def all_finite(config):
+    """Raises UserError unless every number is finite."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag(name)} must be a finite number, not {value}")
 
 
 def field_comments(config_class) -> dict[str, str]:
@@ -63,15 +89,15 @@ def field_comments(config_class) -> dict[str, str]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):  # one line instead of the whole usage
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+        self.exit(2, f"error: {one_line(message)} ({self.prog} --help lists the options)\n")
 
 
 def whole_number(text: str) -> int:
     """An int, also written 10_000 or 1e4."""
     value = float(text)
-    if not value.is_integer():  # nor are inf and nan
+    if not value.is_integer() or abs(value) >= 2**63:  # nor are inf and nan
         raise ValueError
-    return int(value)
+    return int(value) if abs(value) < 2**53 else int(text)  # a float has 53 bits
 
 
 whole_number.__name__ = "whole number"  # what argparse calls it in errors
@@ -100,20 +126,44 @@ def parse(config_class, argv=None, prog=None):
             )
     argv = sys.argv[1:] if argv is None else argv
     argv = [re.sub("^--[^=]+", lambda option: option[0].replace("_", "-"), a) for a in argv]
-    return config_class(**vars(parser.parse_args(argv)))
+    config = config_class(**vars(parser.parse_args(argv)))
+    all_finite(config)
+    return config
 
 
 def cli(main, config_class, argv=None, prog=None):
     """Runs main(config) from the command line. The user's mistakes become one line on stderr and exit code 2."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a character that the terminal does not know ends no run
     try:
         main(parse(config_class, argv, prog))
+        flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     except OSError as error:  # no such folder, no permission, no space
-        what = f"{error.strerror}: {error.filename}" if error.filename else error
-        print(f"error: {what}", file=sys.stderr)
-        sys.exit(2)
+        where = "" if error.filename is None else f": {error.filename}"
+        fail(f"{error.strerror or error}{where}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
+            raise
+        fail(f"not enough memory; make the batch, the model or the file smaller. {error}")
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def flush():
+    """Notices a full disk or a closed pipe behind stdout now; Python would, in its own words, when it ends."""
+    if sys.stdout:
+        sys.stdout.flush()
+
+
+def fail(message: str):
+    """Ends the program with exit code 2, after one line on stderr."""
+    print(f"error: {one_line(message)}", file=sys.stderr)
+    try:
+        flush()
+    except OSError:
+        sys.stdout = None  # its rest is lost
+    sys.exit(2)

@@ -5,14 +5,13 @@ stores a matrix as (in, out), nn.Linear as (out, in); a reward model's head is c
 embedding has no spare rows, which the chat tokens need.
 """
 
-import json
 import os
 import textwrap
-from pathlib import Path
 
 import torch
 
 from nanopost.config import UserError
+from nanopost.records import read_json
 
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # 124M, 355M, 774M and 1.5B parameters
 OWNER = "openai-community/"
@@ -50,8 +49,8 @@ def is_pretrained(name: str) -> bool:
     if not os.path.isdir(name):
         return name.removeprefix(OWNER) in NAMES
     try:
-        return "model_type" in json.loads(Path(name, "config.json").read_text("utf-8"))
-    except (OSError, ValueError, TypeError):
+        return "model_type" in read_json(os.path.join(name, "config.json"))
+    except (OSError, UserError, TypeError):
         return False
 
 
@@ -95,6 +94,7 @@ def read(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     kind = "GPT2ForSequenceClassification" if reward else "GPT2Model"
     options = dict(config=config, dtype=torch.get_default_dtype(), use_safetensors=True)
     options |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    check_sizes(name, config)
     model, info = load(kind, name, **options)
     for what in ("missing", "unexpected", "mismatched"):
         if keys := [key for key in map(str, info[f"{what}_keys"]) if not key.endswith(UNUSED)]:
@@ -109,6 +109,29 @@ def read(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     fields = ("vocab_size", "n_layer", "n_head", "n_embd")
     sizes = {field: getattr(config, field) for field in fields}
     return {**sizes, "block_size": positions, "scalar_head": reward}, state
+
+
+def check_sizes(name: str, config):
+    """Raises UserError if the sizes in a folder's config.json are not those of its embeddings, or are absurd: the
+    library would allocate them first."""
+    path = os.path.join(name, "model.safetensors")
+    if not os.path.isfile(path):  # a name, or several files
+        return
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt") as f:
+            shapes = {key: f.get_slice(key).get_shape() for key in f.keys()}
+    except Exception as error:  # a broken file can raise anything
+        raise UserError(f"{name} cannot be read: model.safetensors: {error}") from None
+    sizes = {"wte.weight": [config.vocab_size, config.n_embd], "wpe.weight": [config.n_positions, config.n_embd]}
+    for key, shape in sizes.items():
+        found = [shape for name, shape in shapes.items() if name.removeprefix("transformer.") == key]
+        if found != [shape]:
+            fault = f"{'mismatched' if found else 'missing'} {key}"
+            raise UserError(f"{name}: model.safetensors does not fit config.json: {fault}")
+    if config.n_layer not in range(1, len(shapes) + 1):
+        raise UserError(f"{name}/config.json: n_layer is {config.n_layer}, but there are {len(shapes)} tensors")
 
 
 def add_rows(wte: torch.Tensor, count: int) -> torch.Tensor:

@@ -5,7 +5,9 @@ import math
 import os
 import shutil
 
-from nanopost.checkpoint import atomic
+from nanopost.checkpoint import atomic, naming
+from nanopost.config import UserError
+from nanopost.records import parse_json
 
 
 class Metrics:
@@ -31,7 +33,7 @@ class Metrics:
         lines, self.lines = self.lines, []
         if self.silent or not lines:
             return
-        with open(self.path, "a") as f:
+        with naming(self.path), open(self.path, "a") as f:
             f.writelines(json.dumps(line) + "\n" for line in lines)
         if self.events:
             self.write_tensorboard(lines)
@@ -51,11 +53,19 @@ class Metrics:
         self.writer.flush()
 
     def truncate(self, step: int):
-        """After a resume: drops the lines after this step, which will be made again, and a half-written one."""
-        self.lines = []  # the file has a header already
+        """After a resume: drops the lines after this step, which will be made again, and a half-written one. Raises
+        UserError for a line that no run has written."""
         if self.silent or not os.path.exists(self.path):
             return
-        with open(self.path) as f:
-            lines = [line for line in f if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
-        with atomic(self.path) as f:
-            f.writelines(lines)
+        self.lines, kept = [], []  # the file has a header already
+        with open(self.path, "rb") as f:
+            lines = [line for line in f if line.endswith(b"\n")]
+        for n, line in enumerate(lines, 1):
+            record = parse_json(f"{self.path}:{n}", line)
+            made = record.get("step", 0) if isinstance(record, dict) else None
+            if not isinstance(made, int):
+                raise UserError(f"{self.path}:{n}: no line of a run; remove it, or give --overwrite to start again")
+            if made <= step:
+                kept.append(line)
+        with atomic(self.path, "wb") as f:
+            f.writelines(kept)

@@ -1,12 +1,13 @@
-"""A file of JSON Lines -> checked records. A malformed line stops the run with its file and line, and what to do."""
+"""JSON -> checked records. Malformed text stops the run with its file and line, and what to do."""
 
 import json
 import os
 from collections import Counter
 
-from nanopost.config import UserError
+from nanopost.config import UserError, clean
 
 ROLES = ("user", "assistant", "system")
+TOO_DEEP = "invalid JSON: hundreds of brackets inside each other"
 
 
 class Drop(Exception):
@@ -24,11 +25,13 @@ def convert(rows, function, name: str, what: str = "records", limit: int | None 
             kept.append(function(where, row))
         except Drop as reason:
             dropped[str(reason)] += 1
+        except RecursionError:  # comparing and printing go deeper than reading
+            raise UserError(f"{where}: {TOO_DEEP}") from None
     if not kept:
         reasons = [f"; {n} are {reason}" for reason, n in dropped.items()]
         raise UserError(f"{name}: no {what}" + "".join(reasons))
     reasons = [f", dropped {n:,} {reason}" for reason, n in dropped.items()]
-    print(f"{name}: {len(kept):,} {what}" + "".join(reasons))
+    print(clean(f"{name}: {len(kept):,} {what}") + "".join(reasons))
     return kept
 
 
@@ -47,16 +50,34 @@ def parse_records(path: str, lines):
     for n, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise UserError(f"{path}:{n}: not UTF-8 text") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{n}: invalid JSON: {error.msg} at column {error.colno}") from None
+        record = parse_json(f"{path}:{n}", line)
         if not isinstance(record, dict):
             shape = '{"prompt": ...}'
             raise UserError(f"{path}:{n}: a record must be an object like {shape}, not {line[:40]!r}")
         yield f"{path}:{n}", record
+
+
+def parse_json(where: str, text: bytes):
+    """The value of this JSON. Raises UserError, with where it stands, if it is none."""
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: invalid JSON: {error.msg} at column {error.colno}") from None
+    except ValueError:
+        raise UserError(f"{where}: invalid JSON: a number of thousands of digits") from None
+    except RecursionError:
+        raise UserError(f"{where}: {TOO_DEEP}") from None
+
+
+def read_json(path: str):
+    """The value in a file of JSON. Raises UserError if the file is missing (or a pipe, which would never end), or the
+    JSON invalid."""
+    if not os.path.isfile(path):
+        raise UserError(f"no file {path}")
+    with open(path, "rb") as f:
+        return parse_json(path, f.read())
 
 
 def conversation(where: str, record: dict, key: str, role: str) -> list[dict]:

@@ -56,7 +56,8 @@ def score_examples(model: GPT, examples: list[Example], batch_size: int = 64) ->
 
 
 def load_function(spec: str):
-    """The Python function "file.py:function". Its file may import its neighbours. Raises UserError if there is none."""
+    """The Python function "file.py:function". Its file may import its neighbours. Raises UserError if there is none, or
+    the file is no Python; any other error in the file is let through."""
     path, _, name = spec.rpartition(":")
     if not path.endswith(".py") or not os.path.isfile(path):
         raise UserError(f"no file {path or spec}; a function is given as file.py:function")
@@ -65,19 +66,35 @@ def load_function(spec: str):
         sys.path.insert(0, folder)
     module_spec = importlib.util.spec_from_file_location(os.path.basename(path)[:-3], path)
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from None
+    except SystemExit:
+        raise UserError(f"{path} ends the program; it must only define {name}") from None
     if not callable(getattr(module, name, None)):
         raise UserError(f"{path} has no function {name}")
     return getattr(module, name)
 
 
 def call_reward(function, prompts: list, completions: list[str]) -> list[float]:
-    """function(prompts, completions), checked: one finite number per completion. Otherwise raises UserError."""
+    """function(prompts, completions), checked: one finite number per completion. Otherwise raises UserError; an error
+    inside the function is let through, to be seen with its place."""
+    name = getattr(function, "__name__", type(function).__name__)
     try:
-        scores = [float(x) for x in function(prompts, completions)]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"reward function {function.__name__}: {error}") from None
+        result = function(prompts, completions)
+    except SystemExit:
+        raise UserError(f"reward function {name} ends the program; it must return numbers") from None
+    except TypeError as error:
+        if error.__traceback__.tb_next:  # raised inside
+            raise
+        raise UserError(f"reward function {name}: {error}") from None
+    try:
+        scores = [float(x) for x in result]
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        reason = str(error).split("\n")[0]
+        raise UserError(f"reward function {name}: it must return numbers: {reason}") from None
     if len(scores) != len(completions) or not all(map(math.isfinite, scores)):
         wanted = f"must return one finite number for each of the {len(completions)} completions"
-        raise UserError(f"reward function {function.__name__}: {wanted}; it returned {len(scores)}")
+        raise UserError(f"reward function {name}: {wanted}; it returned {len(scores)}")
     return scores

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import re
 import time
 from dataclasses import dataclass
 
@@ -15,15 +16,16 @@ from tqdm import tqdm
 
 from nanopost import distributed
 from nanopost.checkpoint import Folder
-from nanopost.config import UserError, at_least
+from nanopost.config import UserError, all_finite, at_least, between, clean
 from nanopost.device import best_dtype, find_device
 from nanopost.linear import CAPABILITY, ONEDNN
 from nanopost.metrics import Metrics
 from nanopost.model import token_nll
+from nanopost.records import read_json
+from nanopost.resume import check_same, damaged, hash_inputs, load_numbers, load_optimizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPILE_FROM = 20_000_000  # parameters
-MAY_CHANGE = ("resume", "overwrite", "out", "compile", "log_every", "keep_every", "logs")  # when a run is resumed
 
 
 @dataclass
@@ -43,8 +45,14 @@ class Options:
     logs: str = ""  # tensorboard: also write the metrics in its format, to --out/tensorboard
 
     def __post_init__(self):
+        all_finite(self)
         at_least(self, 1, "log_every", "save_every")
-        at_least(self, 0, "seed", "keep_every")
+        at_least(self, 0, "keep_every")
+        between(self, 0, 2**63 - 1, "seed")
+        if not self.out:
+            raise UserError("--out must name a folder")
+        if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?|mps", self.device):
+            raise UserError(f"--device must be auto, cpu, cuda, cuda:1 (the second GPU) or mps, not {self.device}")
         if self.dtype not in ("auto", *DTYPES):
             raise UserError(f"--dtype must be auto or one of {', '.join(DTYPES)}, not {self.dtype}")
         if self.compile not in ("auto", "on", "off"):
@@ -91,18 +99,25 @@ class Run:
         self.info = {"method": method, "arguments": dataclasses.asdict(options) | {"dtype": dtype}}
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.folder = Folder(options.out, writes=self.rank == 0)
-        if not (options.resume or options.overwrite):
-            self.folder.refuse_earlier_run()
+        self.replace = options.resume or options.overwrite
+        self.folder.take(self.replace)
         if options.logs and importlib.util.find_spec("tensorboard") is None:
             raise UserError('--logs tensorboard needs a package: pip install tensorboard (or "nanopost[logs]")')
-        self.metrics = Metrics(options.out, self.info, bool(options.logs), silent=self.rank > 0)
+        self.metrics = Metrics(options.out, dict(self.info), bool(options.logs), silent=self.rank > 0)
+        self.info["inputs"] = hash_inputs(options, without=Options)
+        if options.resume and self.folder.finished():
+            with damaged(self.folder.config):
+                check_same(self.info, read_json(self.folder.config), options.out)
         self.bar = None
         self.started = time.time()
         self.grad_norm = 0.0
         torch.set_float32_matmul_precision("high")  # TF32 where there are tensor cores
         torch.manual_seed(options.seed)
 
-    print = staticmethod(tqdm.write)  # above the progress bar
+    @staticmethod
+    def print(text: str):
+        """Above the progress bar; what a model says is made safe for a terminal."""
+        tqdm.write(clean(text))
 
     # -- one optimizer step
 
@@ -169,14 +184,16 @@ class Run:
         is the script's own dict of numbers that change from step to step: checkpointed, and restored in place."""
         self.modules, self.optimizer, self.state = modules, optimizer, {} if state is None else state
         self.save_model = lambda name: self.folder.save(name, modules["model"], tokenizer, self.info, save_head)
+        self.folder.take(self.replace)  # again: another run may have made it since
         saved = self.folder.restore() if self.options.resume else None
         self.fresh = saved is None
         if self.options.resume and self.fresh:
             if self.folder.finished():
+                self.folder.unlock()
                 self.print(f"{self.options.out} is finished: nothing to resume")
                 return None
             self.print(f"there is nothing to resume in {self.options.out}: starting from the beginning")
-        first = self.restore(saved) if saved else 0
+        first = 0 if self.fresh else self.restore(saved)
         distributed.broadcast(modules)
         return first
 
@@ -184,6 +201,8 @@ class Run:
         """The steps still to make, first + 1 ... total, with a progress bar."""
         if total < 1:
             raise UserError(f"there is no step to make ({total}); check --steps, --epochs and the data")
+        if 0 < first >= total:
+            raise UserError(f"{self.folder.state} is damaged: it is of step {first} of {total}; give --overwrite")
         self.total = total
         size = sum(p.numel() for p in self.modules["model"].parameters()) / 1e6
         devices = f"{self.device} x {self.world}" if self.world > 1 else f"{self.device}"
@@ -219,7 +238,7 @@ class Run:
         if self.fresh or keep or checkpoint:
             self.check_finite({"grad_norm": float(self.grad_norm)}, step)
         if self.fresh:
-            self.folder.replace_earlier_run()
+            self.folder.replace_earlier_run(self.replace)
             self.fresh = False
         self.metrics.flush()
         if keep:
@@ -230,7 +249,8 @@ class Run:
     def finish(self):
         """Writes the finished model, then removes the state to resume from."""
         self.save_model("")
-        self.folder.remove("state.pt")
+        self.folder.remove("state.pt", "state.pt.tmp")
+        self.folder.unlock()
         self.print(f"wrote {self.options.out} after {time.time() - self.started:.0f} s")
         distributed.barrier()
 
@@ -257,23 +277,20 @@ class Run:
         }
 
     def restore(self, saved: dict) -> int:
-        """Takes up a checkpoint; returns its step. Raises UserError if it was made with other options."""
-        if saved["method"] != self.method:
-            raise UserError(f"--resume: {self.options.out} is a run of train_{saved['method']}.py")
-        for name, value in self.info["arguments"].items():
-            before = saved["arguments"].get(name)
-            if before != value and name not in MAY_CHANGE:
-                what = f"{self.options.out} was started with {name} = {before}, not {value}"
-                raise UserError(f"--resume: {what}; give the same options")
-        for name, module in self.modules.items():
-            module.load_state_dict(saved["modules"][name])
-        self.state.update(saved["state"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"])
-        if saved["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
-        self.started = time.time() - saved["seconds"]
+        """Takes up a checkpoint; returns its step. Raises UserError if it is of another run, or does not fit."""
+        with damaged(self.folder.state):
+            check_same(self.info, saved, self.options.out)
+            for name, module in self.modules.items():
+                module.load_state_dict(saved["modules"][name])
+            load_numbers(self.state, saved["state"])
+            load_optimizer(self.optimizer, saved["optimizer"])
+            self.scaler.load_state_dict(saved["scaler"])
+            torch.set_rng_state(saved["rng"])
+            if saved["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
+            self.started = time.time() - saved["seconds"]
+            if type(saved["step"]) is not int or saved["step"] < 1 or not math.isfinite(self.started):
+                raise ValueError
         self.metrics.truncate(saved["step"])
         self.print(f"resuming {self.options.out} after step {saved['step']}")
         return saved["step"]

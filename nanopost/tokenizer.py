@@ -13,6 +13,7 @@ stays text: no input can inject a special token.
 import base64
 import binascii
 import os
+import re
 
 import tiktoken
 
@@ -20,8 +21,17 @@ from nanopost.config import UserError
 
 # GPT-2's split pattern: contractions, words, numbers, punctuation (each with its leading space), other white space.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+SPACE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+")  # the pattern's \s+
+LONG = 100_000  # characters; the pattern's look ahead fails after some more white space
 CHAT_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "<|pad|>")
 DEFAULT_VOCAB = "data/notes/vocab.tiktoken"
+
+
+def cut(text: str) -> list[str]:
+    """The text, cut before the last character of very long white space, where PATTERN cuts it too."""
+    spaces = SPACE.finditer(text) if len(text) > LONG else ()
+    ends = [space.end() - 1 for space in spaces if len(space[0]) > LONG and space.end() < len(text)]
+    return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
 
 
 class Tokenizer:
@@ -39,7 +49,10 @@ class Tokenizer:
         return isinstance(other, Tokenizer) and self.ranks == other.ranks
 
     def encode(self, text: str) -> list[int]:
-        return self.encoding.encode_ordinary(text)
+        ids = []
+        for part in cut(text):
+            ids += self.encoding.encode_ordinary(part)
+        return ids
 
     def decode(self, ids) -> str:
         """Text of the ids. Invalid UTF-8 becomes U+FFFD; special tokens are written out."""

@@ -315,6 +315,8 @@ def die_after(monkeypatch, step):
 def pytest_addoption(parser):
     parser.addoption("--mine", metavar="FILE", help="test this changed copy of a train_*.py in its place")
     parser.addoption("--measured", action="store_true", help="print the error that every proof measured")
+    parser.addoption("--torture", metavar="N", type=int, default=1, help="tests/torture: N times the small amount")
+    parser.addoption("--torture-seed", metavar="N", type=int, default=0, help="tests/torture: the seed of it all")
 
 
 def pytest_configure(config):

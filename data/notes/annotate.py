@@ -14,14 +14,17 @@ import json
 import math
 import os
 import random
+import sys
 from dataclasses import dataclass
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # data/, for public.py
 from gold import score
-from nanopost.checkpoint import atomic, freeze, load_model
+from nanopost.checkpoint import freeze, load_model
 from nanopost.config import UserError, at_least, cli
 from nanopost.data import load_prompts
 from nanopost.device import find_device
 from nanopost.sampling import sample_text
+from public import write_files
 
 
 @dataclass
@@ -77,7 +80,10 @@ def annotate(policy, tokenizer, path, wanted, annotators, seed, rng, config):
     if not kept:
         raise UserError(f"{path}: no pair is left of {wanted}: no two different answers that are finished")
     prompts, pairs = zip(*kept)
-    records = [record for _ in range(annotators) for record in label(prompts, pairs, config.temperature, rng)]
+    try:
+        records = [record for _ in range(annotators) for record in label(prompts, pairs, config.temperature, rng)]
+    except ValueError as error:
+        raise UserError(f"{path}: the gold reward cannot judge it: {error}") from None
     return records, len(kept), wanted - len(kept)
 
 
@@ -85,20 +91,21 @@ def main(config: Config):
     policy, tokenizer = load_model(config.policy, find_device(config.device))
     freeze(policy)
     rng = random.Random(config.seed)
-    os.makedirs(config.out, exist_ok=True)
+    os.makedirs(config.out, exist_ok=True)  # first: a folder that cannot be made is noticed before the sampling
+    files, report = {}, []
     for name, prompts, wanted, annotators, seed in (
         ("train", config.prompts, config.pairs, 1, config.seed),
         ("valid", config.valid_prompts, config.valid_pairs, config.annotators, config.seed + 1),
     ):
         records, kept, dropped = annotate(policy, tokenizer, prompts, wanted, annotators, seed, rng, config)
-        path = os.path.join(config.out, f"{name}.jsonl")
-        with atomic(path) as f:
-            f.writelines(json.dumps(record) + "\n" for record in records)
+        files[f"{name}.jsonl"] = map(json.dumps, records)
         ceiling = sum(max(r["probability"], 1 - r["probability"]) for r in records) / len(records)
-        print(
-            f"{path}: {len(records):,} judgements of {kept:,} pairs (dropped {dropped} unfinished, empty or equal); "
-            f"no reward model can agree with more than {ceiling:.1%} of such judgements"
+        report.append(
+            f"{config.out}/{name}.jsonl: {len(records):,} judgements of {kept:,} pairs (dropped {dropped} unfinished, "
+            f"empty or equal); no reward model can agree with more than {ceiling:.1%} of such judgements"
         )
+    write_files(config.out, files)
+    print("\n".join(report))
 
 
 if __name__ == "__main__":

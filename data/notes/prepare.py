@@ -1,18 +1,24 @@
-"""Write the data of the embedded world and the vocabulary trained on it: python data/notes/prepare.py [--out DIR]
+"""Write the data of the embedded world and the vocabulary trained on it: all files or none.
+
+    python data/notes/prepare.py
 
 The files are described in README.md and depend on the seed only. Takes about four seconds on one core.
 """
 
-import argparse
 import base64
 import json
 import os
 import random
 import re
+import sys
 from collections import Counter
+from dataclasses import dataclass
 from itertools import pairwise
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # data/, for public.py
 import gold
+from nanopost.config import UserError, cli
+from public import write_files
 from world import ACTS, FACTS, FILLERS, KIND, LETTERS, REQUESTS, ask, complete, fill, held_out, join, slots_of
 
 BASE_TRAIN, BASE_VALID = 30_000, 500  # documents
@@ -46,6 +52,12 @@ WRITERS = {"base": (50, 35, 15), "sft": (20, 40, 40)}  # how many of each there 
 THINGS = ("event", "thing", "mishap", "feat", "day", "pred1", "pred2", "deed", "place", "count")
 
 
+@dataclass
+class Config:
+    out: str = os.path.dirname(os.path.abspath(__file__))  # folder for the files
+    seed: int = 0  # seed of everything in them
+
+
 def draw(rng, family: str, evaluation: bool = False) -> tuple[str, dict]:
     """A random request of the family, on the training or the evaluation side: (template, slots)."""
     for _ in range(TRIES):
@@ -53,10 +65,8 @@ def draw(rng, family: str, evaluation: bool = False) -> tuple[str, dict]:
         slots = {slot: rng.choice(FILLERS[KIND[slot]]) for slot in slots_of(template)}
         if int(complete(slots).get("c", 1)) > 0 and held_out(family, slots) == evaluation:
             return template, slots
-    raise SystemExit(
-        f"error: {TRIES:,} draws gave no {family!r} request that is {'' if evaluation else 'not '}held "
-        "out; world.py has too few fillers for it"
-    )
+    kind = f"{family!r} request that is {'' if evaluation else 'not '}held out"
+    raise UserError(f"{TRIES:,} draws gave no {kind}; world.py has too few fillers for it")
 
 
 def perfect(rng, family: str, story: bool) -> list[tuple[str, str]]:
@@ -195,10 +205,8 @@ def distinct_prompts(rng, count: int, evaluation: bool) -> list[dict]:
         family, tries = families[i % len(families)], 0
         while len(prompts) == i:
             if tries == TRIES:
-                raise SystemExit(
-                    f"error: {count:,} distinct prompts are too many: {tries:,} draws gave no {family!r} "
-                    f"request that is not among the {i:,} already there"
-                )
+                found = f"{tries:,} draws gave no {family!r} request that is not among the {i:,} already there"
+                raise UserError(f"{count:,} distinct prompts are too many: {found}")
             prompts.setdefault(ask(*draw(rng, family, evaluation)), family)
             tries += 1
     return [{"prompt": prompt, "family": family} for prompt, family in prompts.items()]
@@ -231,21 +239,9 @@ def train_bpe(texts, ranks: int) -> list[bytes]:
     return tokens
 
 
-def write(folder: str, name: str, lines) -> None:
-    """Write lines to a temporary name, then rename, so that a file is either whole or not there."""
-    path = os.path.join(folder, name)
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.writelines(line + "\n" for line in lines)
-    os.replace(path + ".tmp", path)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default=os.path.dirname(os.path.abspath(__file__)), help="folder for the files")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    os.makedirs(args.out, exist_ok=True)
-    rng = random.Random(args.seed)
+def main(config: Config):
+    os.makedirs(config.out, exist_ok=True)  # first: a folder that cannot be made is noticed at once
+    rng = random.Random(config.seed)
     files = {
         "base_train.jsonl": [{"text": document(rng)} for _ in range(BASE_TRAIN)],
         "base_valid.jsonl": [{"text": document(rng)} for _ in range(BASE_VALID)],
@@ -254,20 +250,19 @@ def main() -> None:
         "prompts_train.jsonl": distinct_prompts(rng, PROMPTS_TRAIN, evaluation=False),
         "prompts_eval.jsonl": distinct_prompts(rng, PROMPTS_EVAL, evaluation=True),
     }
-    for name, rows in files.items():
-        write(args.out, name, map(json.dumps, rows))
-
     sft = [row for row in files["sft_train.jsonl"] if "prompt" in row]
     texts = [row["text"] for row in files["base_train.jsonl"]]
     texts += [row[key] for row in sft for key in ("prompt", "completion")]
     tokens = train_bpe(texts, RANKS)
-    write(args.out, "vocab.tiktoken", (f"{base64.b64encode(token).decode()} {i}" for i, token in enumerate(tokens)))
+    lines = {name: map(json.dumps, rows) for name, rows in files.items()}
+    vocabulary = (f"{base64.b64encode(token).decode()} {i}" for i, token in enumerate(tokens))
+    write_files(config.out, lines | {"vocab.tiktoken": vocabulary})
 
     scores = gold.score([row["prompt"] for row in sft], [row["completion"] for row in sft])
     mean = sum(scores) / len(scores)
     deviation = (sum((score - mean) ** 2 for score in scores) / len(scores)) ** 0.5
     words = {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
-    print(f"{args.out}: " + ", ".join(f"{name} {len(rows):,}" for name, rows in files.items()))
+    print(f"{config.out}: " + ", ".join(f"{name} {len(rows):,}" for name, rows in files.items()))
     print(f"{len(words)} distinct words, {len(tokens)} tokens")
     print(
         f"gold reward of the SFT answers: mean {mean:.2f}, standard deviation {deviation:.2f}, "
@@ -276,4 +271,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli(main, Config)

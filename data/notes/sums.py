@@ -10,14 +10,21 @@ the right result, so unlike a reward model it cannot be wrong. It can still be g
 """
 
 import json
-import os
 import random
 import re
+from dataclasses import dataclass
 
+from nanopost.config import cli
 from prepare import draw
+from public import write_files
 from world import VERBS, ask
 
 TRAIN, EVAL = 1_000, 200  # different prompts
+
+
+@dataclass
+class Config:
+    out: str = "out/sums"  # folder for train.jsonl and eval.jsonl
 
 
 def result(prompt: str) -> int:
@@ -33,17 +40,18 @@ def correct(prompts: list[str], completions: list[str]) -> list[float]:
     return [float(bool(numbers) and int(numbers[-1]) == result(prompt)) for prompt, numbers in zip(prompts, said)]
 
 
-def main(folder: str = "out/sums"):
+def main(config: Config):
     rng = random.Random(0)
-    os.makedirs(folder, exist_ok=True)
+    files = {}
     for name, count, evaluation in (("train", TRAIN, False), ("eval", EVAL, True)):
         prompts = {}  # in order, without repetition
         while len(prompts) < count:
             prompts[ask(*draw(rng, "sum", evaluation))] = None
-        with open(os.path.join(folder, f"{name}.jsonl"), "w", encoding="utf-8") as f:
-            f.writelines(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
-        print(f"{folder}/{name}.jsonl: {count} prompts")
+        files[f"{name}.jsonl"] = [json.dumps({"prompt": prompt}) for prompt in prompts]
+    write_files(config.out, files)
+    for name, lines in files.items():
+        print(f"{config.out}/{name}: {len(lines)} prompts")
 
 
 if __name__ == "__main__":
-    main()
+    cli(main, Config)

@@ -10,14 +10,14 @@ import codecs
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from nanopost.checkpoint import load_model
-from nanopost.config import UserError, at_least
+from nanopost.config import UserError, at_least, clean
 from nanopost.device import find_device
 from nanopost.sampling import generate
+from nanopost.tools import check_temperature, in_terminal, read_line
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Config:
 
     def __post_init__(self):
         at_least(self, 0, "temperature", "top_k")
+        check_temperature(self.temperature)
         at_least(self, 1, "max_new_tokens")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top-p must be above 0 and at most 1, not {self.top_p}")
@@ -69,8 +70,10 @@ def main(config: Config):
     system = [{"role": "system", "content": config.system}] if config.system else []
     longest = model.config.block_size - config.max_new_tokens  # of a conversation, to leave room for the answer
 
+    def write(text):
+        print(clean(text), end="", flush=True)
+
     def reply(turns):
-        write = partial(print, end="", flush=True)
         text = answer(model, tokenizer, system + turns, config, generator, write)
         print()
         return [*turns, {"role": "assistant", "content": text}]
@@ -80,7 +83,7 @@ def main(config: Config):
         return
     turns = []
     with suppress(EOFError):
-        while text := input("> " if sys.stdin.isatty() else "").strip():
+        while text := read_line("> " if in_terminal() else "").strip():
             asked = [*turns, {"role": "user", "content": text}]
             while len(asked) > 1 and len(tokenizer.prompt(system + asked)) > longest:
                 asked = asked[2:]  # forget the oldest exchange

@@ -23,12 +23,13 @@ from pathlib import Path
 import torch
 
 from nanopost.checkpoint import atomic, load_model, same_vocabulary
-from nanopost.config import UserError, at_least
+from nanopost.config import UserError, at_least, clean
 from nanopost.data import Example, load_pairs, load_prompts, map_batches
 from nanopost.device import find_device
 from nanopost.records import read_records
 from nanopost.reward import call_reward, load_function, load_reward_model, score_examples
 from nanopost.sampling import sample_text
+from nanopost.tools import check_file, check_temperature
 
 FORMATS = dict(
     gold=".2f", reward=".2f", win_rate=".1%", kl=".2f", entropy=".1f", length=".1f", ended=".1%", distinct=".1%"
@@ -56,6 +57,7 @@ class Config:
     def __post_init__(self):
         at_least(self, 1, "limit", "samples", "max_new_tokens")
         at_least(self, 0, "temperature", "show")
+        check_temperature(self.temperature)
         if self.pairs and not self.reward:
             raise UserError("--pairs measures a reward model: give --reward")
 
@@ -99,13 +101,20 @@ def summary(values: dict[str, torch.Tensor], samples: int = 1) -> dict:
 def pair_accuracy(model, tokenizer, path: str) -> tuple[float, float | None]:
     """The reward model's accuracy on labelled pairs, and the best possible accuracy where it is known.
 
-    It is known if the records have the `probability` of the label, as those of data/notes/annotate.py do.
+    It is known if the records have the `probability` of the label, as those of data/notes/annotate.py do. Raises
+    UserError if that is no probability.
     """
     pairs = load_pairs(path, tokenizer, model.config.block_size)
     sides = {tuple(side.ids): side for pair in pairs for side in (pair.chosen, pair.rejected)}  # each text once
     scores = dict(zip(sides, score_examples(model, list(sides.values())).tolist()))
     right = [scores[tuple(pair.chosen.ids)] > scores[tuple(pair.rejected.ids)] for pair in pairs]
-    probabilities = [record["probability"] for _, record in read_records(path) if "probability" in record]
+    probabilities = []
+    for where, record in read_records(path):
+        p = record.get("probability")
+        if isinstance(p, (int, float)) and 0 <= p <= 1:
+            probabilities.append(p)
+        elif "probability" in record:
+            raise UserError(f"{where}: probability must be a number between 0 and 1, not {json.dumps(p)[:40]}")
     ceiling = sum(max(p, 1 - p) for p in probabilities) / len(probabilities) if probabilities else None
     return sum(right) / len(right), ceiling
 
@@ -126,14 +135,16 @@ def print_answers(prompts: list[str], measured: list[tuple[str, list[Example], d
     """The answers to the first prompts, below each other, with their gold rewards: (stage, answers, values) each."""
     width = max(8, *(len(stage) for stage, _, _ in measured))
     for i, prompt in enumerate(prompts):
-        print(f"\n{prompt}")
+        print(f"\n{clean(prompt)}")
         for stage, answers, values in measured:
             gold = f" {values['gold'][i]:+5.2f}" if "gold" in values else ""
-            print(f"  {stage:>{width}}{gold}  {answers[i].text}")
+            print(f"  {stage:>{width}}{gold}  {clean(answers[i].text)}")
 
 
 def main(config: Config):
     started = config.since or time.time()
+    if config.json:
+        check_file("--json", config.json)
     if not Path(config.json).parent.is_dir():
         raise UserError(f"--json: there is no folder {Path(config.json).parent}")
 
@@ -148,7 +159,8 @@ def main(config: Config):
     context = min(model.config.block_size for model in (reference, *policies))
     prompts, ids = load_prompts(config.prompts, tokenizer, context - config.max_new_tokens, config.limit)
     gold = load_function(config.gold) if config.gold else None
-    report = {"rows": [], "gold_max": getattr(gold, "__globals__", {}).get("GOLD_MAX")}
+    gold_max = getattr(gold, "__globals__", {}).get("GOLD_MAX")
+    report = {"rows": [], "gold_max": gold_max if isinstance(gold_max, (int, float)) else None}
     reward = load_reward_model(config.reward, tokenizer, config.reference, context, device) if config.reward else None
     if config.pairs:
         accuracy, ceiling = pair_accuracy(reward, tokenizer, config.pairs)
@@ -172,6 +184,10 @@ def main(config: Config):
         logprobs, reference_logprobs = (sequence_logprobs(model, answers) for model in (policy, reference))
         rewards = score_examples(reward, answers) if reward else None
         values = measure(answers, logprobs, reference_logprobs, rewards, golds, reference_gold)
+        for name, x in values.items():
+            if not x.isfinite().all():
+                models = " or ".join(filter(None, (folder, config.reference, config.reward)))
+                raise UserError(f"{name} is not finite for all answers: the weights in {models} are broken")
         stage = re.search(r"[^/]+(/step-\d+)?$", Path(folder).as_posix())[0]  # ppo, or of a kept copy ppo/step-10
         measured.append((stage, answers, values))
         report["rows"].append({"stage": stage, **summary(values, config.samples)})

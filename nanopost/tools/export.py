@@ -96,11 +96,11 @@ def convert_tokenizer(tokenizer: Tokenizer, block_size: int, padding_side: str):
 
 def main(config: Config):
     model, tokenizer = load_model(config.model, reward=None)
-    out = os.path.normpath(config.out)
+    out = os.path.realpath(config.out)  # of a link, what it points to
     if os.path.exists(out):
         files = set(os.listdir(out)) if os.path.isdir(out) else {out}
         if files and not ALWAYS <= files <= ALWAYS | SOMETIMES:
-            raise UserError(f"{out} exists and is not an earlier export; give a new folder, or empty it")
+            raise UserError(f"{config.out} exists and is not an earlier export; give a new folder, or empty it")
     # A policy reads prompts padded on the left, so that all answers start in one column; a reward model reads rows
     # padded on the right, up to the last token that is not <|pad|>.
     padding_side = "right" if model.config.scalar_head else "left"
@@ -116,7 +116,13 @@ def main(config: Config):
             os.rename(out, old)
         os.rename(new, out)  # complete
         shutil.rmtree(old, ignore_errors=True)
+    except OSError:
+        raise
+    except Exception as error:  # how the libraries say that the disk is full
+        raise UserError(f"{config.out} cannot be written: {error}") from None
     finally:
+        if os.path.exists(old) and not os.path.exists(out):
+            os.rename(old, out)  # the last step failed
         shutil.rmtree(new, ignore_errors=True)
     kind = "SequenceClassification" if model.config.scalar_head else "CausalLM"
     print(f"wrote {config.out}: AutoModelFor{kind}.from_pretrained({config.out!r})")

@@ -17,18 +17,18 @@ import json
 import os
 import random
 import shutil
-import sys
 import textwrap
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 
 from nanopost.checkpoint import atomic, load_model, same_vocabulary
-from nanopost.config import UserError, at_least
+from nanopost.config import UserError, at_least, clean
 from nanopost.data import load_prompts
 from nanopost.device import find_device
 from nanopost.records import read_records
 from nanopost.sampling import sample_text
+from nanopost.tools import check_file, check_temperature, in_terminal, read_line
 
 TRIES = 4  # answers sampled per side, to find two that are finished and different
 QUESTION = "l left   r right   t tie   s skip   u undo   q quit > "
@@ -50,6 +50,7 @@ class Config:
         at_least(self, 1, "max_new_tokens")
         if not self.temperature > 0:
             raise UserError("--temperature must be above 0; at 0 all answers to a prompt are the same")
+        check_temperature(self.temperature)
 
 
 class Judgements:
@@ -64,13 +65,19 @@ class Judgements:
     def path(self, record: dict) -> str:
         return self.choices if "chosen" in record else self.undecided
 
+    def ours(self, record: dict) -> bool:
+        """Whether it is a judgement about the two models."""
+        made = record.get("position" if "chosen" in record else "judgement")
+        numbered = "prompt" in record and type(record.get("n")) is int
+        return numbered and isinstance(made, str) and record.get("models") in (self.names, self.names[::-1])
+
     def load(self) -> list[dict]:
         """All records, oldest first. Raises UserError if a file holds anything else, or judges other models."""
         records = []
-        for path in filter(os.path.isfile, [self.choices, self.undecided]):
+        for path in filter(os.path.exists, [self.choices, self.undecided]):
+            check_file("--out", path)
             for where, record in read_records(path):
-                ours = {"prompt", "models", "n"} <= record.keys() and self.path(record) == path
-                if not ours or record["models"] not in (self.names, self.names[::-1]):
+                if not self.ours(record) or self.path(record) != path:
                     raise UserError(f"{where}: not a judgement about {' and '.join(self.names)}; give another --out")
                 records.append(record)
         return sorted(records, key=lambda record: record["n"])
@@ -118,8 +125,7 @@ def layout(prompt, left: str, right: str, width: int) -> str:
     texts = [f"{turn['role']}: {turn['content']}" for turn in turns]
     texts += ["", "--- left", left, "", "--- right", right, ""]
     text = "\n".join(text.strip().expandtabs(4) for text in texts)
-    harmless = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-    return "\n".join(textwrap.fill(line, width) for line in harmless.split("\n"))
+    return "\n".join(textwrap.fill(line, width) for line in clean(text).split("\n"))
 
 
 def read_key(question: str) -> str:
@@ -140,8 +146,8 @@ def read_key(question: str) -> str:
 
 def ask() -> str:
     """What the person wants, a value of KEYS. Raises EOFError at the end of the input, or with Ctrl-D."""
-    single_keys = sys.stdin.isatty() and importlib.util.find_spec("prompt_toolkit")
-    read = read_key if single_keys else input
+    single_keys = in_terminal() and importlib.util.find_spec("prompt_toolkit")
+    read = read_key if single_keys else read_line
     while (key := read(QUESTION).strip().lower()) not in KEYS:
         print("not one of the keys")
     print(KEYS[key])
@@ -185,7 +191,7 @@ def judge(judgements: Judgements, models: list, tokenizer, ids_of: dict[str, lis
         prompt = json.loads(waiting[0])
         shown = two_answers(models, tokenizer, prompt, ids_of[waiting[0]], config)
         if not shown:
-            print(f"skipped: no two finished, different answers in {TRIES} tries to {waiting[0][:60]}")
+            print(f"skipped: no two finished, different answers in {TRIES} tries to {clean(waiting[0][:60])}")
             judgements.add({"prompt": prompt, "judgement": "alike", "models": judgements.names})
             continue
 
@@ -201,6 +207,7 @@ def judge(judgements: Judgements, models: list, tokenizer, ids_of: dict[str, lis
 
 
 def main(config: Config):
+    check_file("--out", config.out)
     device = find_device(config.device)
     folders = [config.policy, config.against or config.policy]
     models, tokenizers = zip(*(load_model(folder, device) for folder in folders))

@@ -14,7 +14,8 @@ import math
 import os
 from dataclasses import dataclass
 
-from nanopost.config import UserError
+from nanopost.checkpoint import atomic
+from nanopost.config import UserError, clean
 from nanopost.records import parse_records
 
 # What matters for each method: (title, metric in training, held-out metric), at most three panels per row.
@@ -51,26 +52,42 @@ class Config:
 def read_run(folder: str) -> tuple[str, list[dict]] | None:
     """(method, logged steps) of a run, or None if the folder holds no metrics of a method in PANELS.
 
-    The method stands in the first line of metrics.jsonl. Raises UserError for a broken line.
+    The method stands in the first line of metrics.jsonl. Raises UserError for a broken line, or what is no number.
     """
     path = os.path.join(folder, "metrics.jsonl")
     if not os.path.isfile(path):
         return None
     with open(path, "rb") as f:
         whole = [line for line in f if line.endswith(b"\n")]  # the last one may be being written, or was cut off
-    lines = [line for _, line in parse_records(path, whole)]
-    method = lines[0].get("method") if lines else None
-    return (method, [line for line in lines if "step" in line]) if method in PANELS else None
+    lines = list(parse_records(path, whole))
+    method = lines[0][1].get("method") if lines else None
+    if not isinstance(method, str) or method not in PANELS:
+        return None
+    return method, [check_numbers(where, line) for where, line in lines if line.get("step") is not None]
 
 
 def read_report(path: str) -> list[dict] | None:
-    """The rows of a report of nanopost evaluate that can be drawn, or None if there are none."""
+    """The rows of a report of nanopost evaluate that can be drawn, or None if there are none.
+
+    Raises UserError for what is no number in them."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        return None
     try:
         with open(path, encoding="utf-8") as f:
             rows = json.load(f)["rows"]
-        return [row for row in rows if {"stage", "kl"} <= row.keys() and row.keys() & {"gold", "reward"}] or None
-    except (IsADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        rows = [row for row in rows if row.get("kl") is not None and row.keys() & {"gold", "reward"}]
+        rows = [row for row in rows if isinstance(row.get("stage"), str)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+    return [check_numbers(f"{path}: {row['stage']}", row) for row in rows] or None
+
+
+def check_numbers(where: str, row: dict) -> dict:
+    """The row, whose values are numbers, or null for one that is undefined; the stage of a report is its name."""
+    for name, x in row.items():
+        if name != "stage" and x is not None and not (isinstance(x, (int, float)) and abs(x) < 1e300):
+            raise UserError(f"{where}: {name} must be a finite number, not {json.dumps(x)[:40]}")
+    return row
 
 
 def series(rows: list[dict], y: str, x: str = "step") -> tuple[list, list]:
@@ -87,7 +104,7 @@ def trajectories(rows: list[dict]) -> dict[str, list[dict]]:
     runs = {}
     for row in rows:
         run, _, step = row["stage"].partition("/step-")
-        runs.setdefault(run, {})[int(step) if step.isdigit() else math.inf] = row
+        runs.setdefault(run, {})[float(step) if step.isdecimal() else math.inf] = row
     runs = {run: [points[step] for step in sorted(points)] for run, points in runs.items()}
     reference = [row for row in rows if row["kl"] == 0][:1]  # no other model is at exactly 0
     for run, points in runs.items():
@@ -119,7 +136,8 @@ def draw(panels: list[tuple], runs: dict[str, list[dict]], x: str, labels: tuple
                 if xs:  # single points lie on top of the lines
                     dots = dict(marker="o" if len(xs) <= 20 else "", ms=4, zorder=3 + (len(xs) == 1))
                     ax.plot(xs, ys, color=f"C{i}", clip_on=False, **dots, **style)
-    handles = [Line2D([], [], color=f"C{i}", label=run) for i, run in enumerate(runs)]
+    names = [clean(run).replace("$", r"\$") for run in runs]  # text between two $ would be mathematics
+    handles = [Line2D([], [], color=f"C{i}", label=name) for i, name in enumerate(names)]
     handles += [Line2D([], [], color="black", label=label, **style) for label, style in zip(labels, STYLES)]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=8)
     return figure
@@ -159,7 +177,7 @@ def main(config: Config):
         elif rows := read_report(path):
             figures[short_name(path, [*PANELS, *figures])] = draw_kl(rows)
         else:
-            print(f"skipped {path}")
+            print(clean(f"skipped {path}"))
     figures |= {method: draw_method(method, several) for method, several in runs.items()}
     if not figures:
         raise UserError("nothing to draw: give folders of runs (with metrics.jsonl) or reports of nanopost evaluate")
@@ -167,5 +185,6 @@ def main(config: Config):
     os.makedirs(config.out, exist_ok=True)
     for name, figure in figures.items():
         path = os.path.join(config.out, f"{name}.png")
-        figure.savefig(path, dpi=110, metadata={"Software": None})  # the same bytes for the same numbers
-        print(f"wrote {path}")
+        with atomic(path, "wb") as f:
+            figure.savefig(f, format="png", dpi=110, metadata={"Software": None})  # the same bytes for the same numbers
+        print(clean(f"wrote {path}"))

@@ -23,6 +23,9 @@ from nanopost.data import load_prompts, micro_batches
 from nanopost.device import find_device
 from nanopost.reward import load_reward
 from nanopost.sampling import sample_text
+from nanopost.tools import check_file, check_temperature
+
+LOWEST = -1e30  # a threshold that every score reaches
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Config:
     n: int = 1  # answers per prompt
     reward: str = ""  # what scores them: the folder of a reward model, or file.py:function
     keep: str = "all"  # all, or best: only the answer with the highest score to each prompt
-    threshold: float = -math.inf  # keep only answers with at least this score (ReST raises it from round to round)
+    threshold: float = LOWEST  # keep only answers with at least this score (ReST raises it from round to round)
     gold: str = ""  # a second reward, whose mean is printed and which has no influence on what is kept
     limit: int = 0  # use at most this many prompts; 0: all
     max_new_tokens: int = 80  # the longest answer, in tokens
@@ -45,9 +48,10 @@ class Config:
     def __post_init__(self):
         at_least(self, 1, "n", "max_new_tokens", "batch_size")
         at_least(self, 0, "limit", "temperature")
+        check_temperature(self.temperature)
         if self.keep not in ("all", "best"):
             raise UserError(f"--keep must be all or best, not {self.keep}")
-        if not self.reward and (self.keep == "best" or self.threshold > -math.inf):
+        if not self.reward and (self.keep == "best" or self.threshold > LOWEST):
             raise UserError("--keep best and --threshold need scores: give --reward")
 
 
@@ -72,7 +76,7 @@ def sample(model, tokenizer, prompts: list, ids: list[list[int]], judges: dict, 
     """
     parts = micro_batches(range(len(prompts)), max(1, config.batch_size // config.n))
     for part in tqdm(parts, desc="sampling", disable=None):
-        seeds = [torch.Generator().manual_seed(config.seed * 1_000_003 + row) for row in part]
+        seeds = [torch.Generator().manual_seed((config.seed * 1_000_003 + row) % 2**63) for row in part]
         noise = [torch.rand(config.n, config.max_new_tokens, generator=seed) for seed in seeds]
         rows = [row for row in part for _ in range(config.n)]
         options = dict(batch_size=config.batch_size, temperature=config.temperature, noise=torch.cat(noise))
@@ -103,8 +107,7 @@ def select(records: list[dict], usable: list[bool], config: Config) -> tuple[lis
 
 
 def main(config: Config):
-    if os.path.isdir(config.out):
-        raise UserError(f"--out must be a file; {config.out} is a folder")
+    check_file("--out", config.out)
     device = find_device(config.device)
     model, tokenizer = load_model(config.policy, device)
     context = model.config.block_size

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
+from nanopost.config import at_least, clean
 from nanopost.data import load_examples
 from nanopost.tokenizer import DEFAULT_VOCAB, Tokenizer, load_tokenizer
 
@@ -20,12 +21,15 @@ class Config:
     vocab: str = DEFAULT_VOCAB  # a vocabulary in tiktoken's format, or gpt2
     count: int = 5  # show at most this many records; 0: all
 
+    def __post_init__(self):
+        at_least(self, 0, "count")
+
 
 def show_targets(tokenizer: Tokenizer, ids: list[int], mask: list[bool], colour: bool = True) -> str:
-    """The text of the ids; the targets are green or, without colour, in [brackets]."""
+    """The text of the ids, harmless to a terminal; the targets are green or, without colour, in [brackets]."""
     on, off = ("\033[32m", "\033[0m") if colour else ("[", "]")
     runs = groupby(zip(mask, ids, strict=True), key=itemgetter(0))
-    pieces = [(target, tokenizer.decode([token for _, token in run])) for target, run in runs]
+    pieces = [(target, clean(tokenizer.decode([token for _, token in run]))) for target, run in runs]
     return "".join(on + piece + off if target else piece for target, piece in pieces)
 
 

@@ -300,6 +300,8 @@ REFUSALS = {
     ),
     "fewer layers than tensors": (lambda d: edit(d, n_layer=1), r"unexpected .*h\.1\."),
     "more layers than tensors": (lambda d: edit(d, n_layer=3), r"missing h\.2\."),
+    "a layer for every person": (lambda d: edit(d, n_layer=10**10), r"n_layer is 10000000000, but there are \d+"),
+    "a context of exabytes": (lambda d: edit(d, n_positions=2**50), r"mismatched wpe\.weight"),
     "a matrix the other way round": (
         edit_tensors(h__0__attn__c_attn__weight=(48, 16)),
         r"mismatched .*h\.0\.attn\.c_attn\.weight",
@@ -723,6 +725,31 @@ def test_an_export_that_fails_in_the_middle_leaves_what_was_there(failing, works
         with pytest.raises(OSError, match="disk full"):
             export.main(export.Config(workshop.path("sft"), str(tmp_path / name)))
     assert contents(tmp_path) == before and os.listdir(tmp_path) == ["old"]
+
+
+def test_an_export_onto_a_link_goes_where_it_points_and_leaves_nothing_beside_it(tool, workshop, exported, tmp_path):
+    shutil.copytree(exported("rm"), tmp_path / "there" / "hf")
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "hf")
+    assert tool("export", workshop.path("sft"), tmp_path / "link")[0] == 0
+    assert contents(tmp_path / "there" / "hf") == contents(exported("sft"))
+    assert sorted(os.listdir(tmp_path)) == ["link", "there"] and os.listdir(tmp_path / "there") == ["hf"]
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_an_export_whose_last_step_fails_leaves_the_earlier_one_in_its_place(workshop, exported, tmp_path, monkeypatch):
+    shutil.copytree(exported("rm"), tmp_path / "hf")
+    before, rename, moved = contents(tmp_path), os.rename, []
+
+    def fail_at_the_second(a, b):
+        moved.append(a)
+        if len(moved) == 2:
+            raise OSError("disk full")
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", fail_at_the_second)
+    with pytest.raises(OSError, match="disk full"):
+        export.main(export.Config(workshop.path("sft"), str(tmp_path / "hf")))
+    assert contents(tmp_path) == before
 
 
 def test_an_earlier_export_is_there_until_the_new_one_is_complete(workshop, exported, tmp_path, monkeypatch):

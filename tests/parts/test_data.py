@@ -131,6 +131,8 @@ BROKEN = [
     ("prompts", '"text"', "must be an object"),
     ("prompts", "null", "must be an object"),
     ("prompts", '{"prompt": "x"', "invalid JSON: .* at column"),
+    ("prompts", '{"prompt": ' + "9" * 5000 + "}", "a number of thousands of digits"),
+    ("prompts", '{"prompt": ' + "[" * 10**5, "hundreds of brackets"),
     ("prompts", "{'prompt': 'x'}", "invalid JSON"),
     ("prompts", '{"prompt": "x"} {"prompt": "y"}', "invalid JSON"),
     ("sft", {"prompt": "x"}, "needs text, messages, or prompt and completion; it has prompt"),

@@ -8,7 +8,7 @@ import tiktoken
 
 from conftest import assistant, system, user
 from nanopost.config import UserError
-from nanopost.tokenizer import CHAT_TOKENS, Tokenizer, load_tokenizer
+from nanopost.tokenizer import CHAT_TOKENS, Tokenizer, cut, load_tokenizer
 
 SPECIALS = ("<|endoftext|>",) + CHAT_TOKENS
 
@@ -91,6 +91,16 @@ def test_decoding_gives_back_any_unicode(tokenizer):
     for _ in range(200):
         text = "".join(map(chr, rng.choices(points, k=rng.randrange(1, 30))))
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_very_long_white_space_is_cut_where_the_pattern_cuts_it(tokenizer, monkeypatch):
+    assert cut("a" + " " * 10**6 + "b c") == ["a" + " " * (10**6 - 1), " b c"]  # tiktoken cannot read it whole
+    assert len(tokenizer.encode("a" + " " * 10**6 + "b")) == 10**6 + 2
+    monkeypatch.setattr("nanopost.tokenizer.LONG", 3)
+    rng = random.Random(0)
+    for _ in range(2000):
+        text = "".join(rng.choice(" \n\t\u2028\x85\x1c'a1!\u00e9") for _ in range(rng.randrange(25)))
+        assert tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(text)
 
 
 def test_half_a_character_decodes_to_a_replacement_character_not_to_an_error(tokenizer):

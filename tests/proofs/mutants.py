@@ -506,7 +506,7 @@ DATA = {
         ("answers without an end", "*content, self.end]", "*content]"),
     ],
     "nanopost.tokenizer.Tokenizer.encode": [
-        ("a text can contain an end token", "encode_ordinary(text)", 'encode(text, allowed_special="all")')
+        ("a text can contain an end token", "encode_ordinary(part)", 'encode(part, allowed_special="all")')
     ],
 }
 

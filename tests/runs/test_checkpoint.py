@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,20 @@ def edit_config(folder, **model):
     path.write_text(json.dumps(info))
 
 
+def replace_by_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def compress(path):
+    """What an archive says about its size can be a lie only if it is compressed."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+
+
 BREAKAGES = {
     "no folder": (lambda d: shutil.rmtree(d), "no folder"),
     "no config": (lambda d: (d / "config.json").unlink(), "no finished model"),
@@ -96,6 +111,15 @@ BREAKAGES = {
     "unknown key": (lambda d: edit_config(d, n_experts=8), "does not describe a model"),
     "impossible size": (lambda d: edit_config(d, n_head=3), "does not describe a model"),
     "wrong width": (lambda d: edit_config(d, n_embd=32), "does not fit the model"),
+    "a size that is no whole number": (lambda d: edit_config(d, n_layer=2.0), "n_layer must be of type int"),
+    "a size that is text": (lambda d: edit_config(d, n_head="2"), "does not describe a model"),
+    "a layer for every person": (lambda d: edit_config(d, n_layer=10**10), "does not fit the model"),
+    "a width of exabytes": (lambda d: edit_config(d, n_embd=2**40, n_head=1), "does not fit the model"),
+    "a context beyond 64 bits": (lambda d: edit_config(d, block_size=2**80), "does not fit the model"),
+    "config of brackets": (lambda d: (d / "config.json").write_text("[" * 10**5), "does not describe a model"),
+    "config is a pipe": (lambda d: replace_by_pipe(d / "config.json"), "no finished model"),
+    "weights are a pipe": (lambda d: replace_by_pipe(d / "model.pt"), "cannot be read"),
+    "compressed weights": (lambda d: compress(d / "model.pt"), "cannot be read"),
     "wrong depth": (lambda d: edit_config(d, n_layer=1), "does not fit the model"),
     "wrong vocabulary size": (lambda d: edit_config(d, vocab_size=99), "vocabulary has 268 tokens, the model 99"),
     "no vocabulary": (lambda d: (d / "vocab.tiktoken").unlink(), "no vocabulary"),
@@ -153,6 +177,7 @@ def test_code_in_a_checkpoint_is_never_run(workshop, folder, tmp_path, how):
         load_model(str(folder))
     one_line(error)
     shutil.copy(folder / "model.pt", folder / "state.pt")
+    (folder / "config.json").unlink()
     with pytest.raises(UserError, match="cannot be read") as error:
         workshop.run("sft", folder, resume=True)
     one_line(error)

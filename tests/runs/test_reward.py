@@ -1,5 +1,6 @@
 """What judges answers: Python functions and reward models, through the same load_reward()."""
 
+import functools
 import math
 import sys
 
@@ -74,6 +75,62 @@ def test_anything_but_one_finite_number_per_completion_is_a_user_error(result):
     with pytest.raises(UserError, match="reward function broken: ") as error:
         call_reward(broken, ["p", "q"], ["a", "b"])
     one_line(error)
+
+
+def number_of_digits(prompts, completions):
+    return [10**400 for _ in completions]
+
+
+def one_argument(completions):
+    return [0.0 for _ in completions]
+
+
+def ends(prompts, completions):
+    sys.exit(0)
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (number_of_digits, "number_of_digits: it must return numbers: int too large"),
+        (one_argument, "one_argument: .*takes 1 positional argument but 2 were given"),
+        (ends, "ends ends the program; it must return numbers"),
+        (lambda prompts, completions: torch.zeros(2, 2), "<lambda>: it must return numbers"),
+        (functools.partial(number_of_digits), "partial: it must return numbers"),
+    ],
+    ids=["digits", "one argument", "exit", "matrix", "partial"],
+)
+def test_what_a_function_does_instead_of_returning_numbers_is_told_in_one_line(function, message):
+    with pytest.raises(UserError, match=f"reward function {message}") as error:
+        call_reward(function, ["p", "q"], ["a", "b"])
+    one_line(error)
+
+
+@pytest.mark.parametrize("error", [ValueError, TypeError, KeyError, RuntimeError])
+def test_an_error_inside_the_function_keeps_its_place(error):
+    def broken(prompts, completions):
+        raise error("mine")
+
+    with pytest.raises(error, match="mine") as raised:
+        call_reward(broken, ["p"], ["a"])
+    assert not isinstance(raised.value, UserError) and raised.traceback[-1].name == "broken"
+
+
+def test_a_callable_without_a_name_is_a_function_too():
+    assert call_reward(functools.partial(lambda x, prompts, texts: [x], 2), ["p"], ["a"]) == [2.0]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [("import sys; sys.exit(0)", "ends the program"), ("\ndef f(:\n", "py:2: ")],
+    ids=["exit", "syntax"],
+)
+def test_a_file_that_cannot_be_loaded_is_told_in_one_line(text, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "bad.py").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        load_function(f"{tmp_path / 'bad.py'}:f")
+    assert str(tmp_path / "bad.py") in one_line(error)
 
 
 # ------------------------------------------------------------------------------------------------------ load_reward()

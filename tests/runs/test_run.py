@@ -123,6 +123,11 @@ def test_something_is_due_every_so_many_steps_and_after_the_last(run):
     assert [step for step in run.steps(0, 8) if run.due(step, 3)] == [3, 6, 8]
 
 
+def test_what_is_printed_commands_no_terminal(run, capsys):
+    run.print("a\x1b[2Jb\nc\u202e")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\nc\\u202e\n"
+
+
 @pytest.mark.parametrize("total", [0, -4])
 def test_no_steps_are_an_error_that_names_the_options(run, total):
     with pytest.raises(UserError, match="--steps, --epochs"):
@@ -470,12 +475,12 @@ def test_start_says_how_many_steps_were_made_and_restores_the_scripts_own_number
 
 @pytest.mark.parametrize(
     "change",
-    [{"lr": 0.5}, {"seed": 1}, {"batch_size": 4}, {"steps": 7}, {"save_every": 3}, {"data": "sft_valid.jsonl"}],
+    [{"lr": 0.5}, {"seed": 1}, {"batch_size": 4}, {"steps": 7}, {"init": "sft"}, {"data": "sft_valid.jsonl"}],
     ids=str,
 )
 def test_resuming_with_other_options_is_refused_and_changes_nothing(workshop, interrupted, change):
     before, [name] = contents(interrupted), change
-    change = {"data": workshop.path(change["data"])} if name == "data" else change
+    change = {name: workshop.path(change[name])} if name in ("data", "init") else change
     with pytest.raises(UserError, match=f"--resume: .* was started with {name} = .*, not .*same options") as error:
         workshop.run("sft", interrupted, overwrite=False, resume=True, **{**LONG, **change})
     one_line(error)
@@ -501,11 +506,12 @@ def test_resuming_the_run_of_another_script_is_refused(workshop, interrupted):
     assert contents(interrupted) == before
 
 
-def test_how_often_it_logs_and_keeps_may_change_when_resuming(workshop, interrupted):
-    options = dict(LONG, log_every=3, keep_every=1, compile="auto", overwrite=False, resume=True)
+def test_how_often_it_logs_saves_and_keeps_may_change_when_resuming(workshop, interrupted, tmp_path):
+    options = dict(LONG, log_every=3, save_every=1, keep_every=1, compile="auto", overwrite=False, resume=True)
     workshop.run("sft", interrupted, **options)
     assert (interrupted / "config.json").exists()
     assert copies(interrupted) == ["step-5", "step-6"]  # those of the steps that were still to be made
+    assert_same_tensors(tensors(interrupted), tensors(workshop.run("sft", tmp_path / "whole", **LONG)))
 
 
 def test_an_unfinished_folder_is_not_taken_for_a_model(interrupted):

@@ -907,7 +907,7 @@ MISTAKES = {  # what is wrong: (script, arguments), what the message says
     ),
     "no device of this name": (
         lambda w, lines: ("sft", ["--init", w.path("sft"), "--device", "abacus"]),
-        "--device abacus: ",
+        "--device must be auto, cpu, cuda, ",
     ),
 }
 

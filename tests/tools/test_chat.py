@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanopost.checkpoint import load_model
-from nanopost.config import UserError
+from nanopost.config import UserError, clean
 from nanopost.sampling import generate
 from nanopost.tools import chat
 
@@ -72,7 +72,24 @@ def test_a_single_answer_is_printed_and_the_command_ends(workshop, command, toke
     code, out, err = command("nanopost/__main__.py", "chat", workshop.path("base"), "--prompt", "Say cat!", *options)
     ids = tokenizer.prompt([say("Say cat!")])
     answer = generate(load_model(workshop.path("base"))[0], [ids], 6, tokenizer.end, temperature=0).responses()[0]
-    assert (code, out.rstrip("\ufffd\n"), err) == (0, tokenizer.decode(answer).rstrip("\ufffd\n"), "")
+    assert (code, out.rstrip("\ufffd\n"), err) == (0, clean(tokenizer.decode(answer)).rstrip("\ufffd\n"), "")
+
+
+def test_what_a_model_says_cannot_command_the_terminal(workshop, scripted, tool):
+    scripted(list(b"a\x1b[2Jb\x07\r\xc2\x9b\nc\td"))
+    out = tool("chat", workshop.path("base"), "--prompt", "Hi", "--device", "cpu")[1]
+    assert out == "a\\x1b[2Jb\\x07\\r\\x9b\nc\td\n"
+
+
+def test_an_input_that_is_closed_or_no_text_ends_no_conversation_badly(workshop, tool, monkeypatch):
+    """A closed one is at its end; bytes that are no UTF-8 are replaced."""
+    closed = io.StringIO()
+    closed.close()
+    bytes_of_latin_1 = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8")
+    for stdin, answers in ((None, 0), (closed, 0), (bytes_of_latin_1, 1)):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        code, out, err = tool("chat", workshop.path("base"), "--temperature", 0, "--device", "cpu")
+        assert (code, err, bool(out)) == (0, "", bool(answers))
 
 
 def test_a_prompt_longer_than_the_context_is_told_in_one_line(workshop, command):
@@ -118,9 +135,9 @@ def test_the_same_seed_gives_the_same_conversation(talk):
     assert talk(*lines, seed=1) == talk(*lines, seed=1) != talk(*lines, seed=2)
 
 
-@pytest.mark.parametrize(
-    "option", [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_new_tokens": 0}]
-)
+@pytest.mark.parametrize("option", [
+    {"temperature": -0.1}, {"temperature": 1e-30}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"max_new_tokens": 0}
+])  # fmt: skip
 def test_bad_options_are_refused(option):
     with pytest.raises(UserError, match="--" + next(iter(option)).replace("_", "-")):
         chat.Config("out/ppo", **option)

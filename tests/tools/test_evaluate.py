@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import shutil
 import statistics
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 import annotate
-from nanopost.checkpoint import load_model
+import gold
+from conftest import contents
+from nanopost.checkpoint import load_model, save_model
 from nanopost.config import UserError
 from nanopost.data import Example
 from nanopost.sampling import sample_text
 from nanopost.tools import evaluate
-from nanopost.tools.evaluate import measure, pair_accuracy, sequence_logprobs, summary, table
+from nanopost.tools.evaluate import measure, pair_accuracy, print_answers, sequence_logprobs, summary, table
 
 V, END = 5, 4  # a vocabulary whose answers of at most two tokens can all be written down: (end), and 4 x 5 others
 LETTERS = SimpleNamespace(end=END, pad=0, decode=lambda ids: "".join("abcde"[i] for i in ids))
@@ -257,6 +260,7 @@ def test_pair_accuracy_is_the_share_of_pairs_ranked_right_and_its_ceiling_the_me
         ({"gold": "nowhere.py:f"}, "no file nowhere.py"),
         ({"prompts": "nowhere.jsonl"}, "no file nowhere.jsonl"),
         ({"max_new_tokens": 48}, "lower --max-new-tokens"),
+        ({"temperature": 1e-30}, "--temperature must be 0 or at least 1e-6"),
         ({"pairs": "nowhere.jsonl"}, "no file nowhere.jsonl"),
     ],
 )
@@ -267,6 +271,44 @@ def test_a_mistake_is_a_user_error_and_no_report_is_written(tmp_path, workshop, 
     with pytest.raises(UserError, match=message):
         report(tmp_path, options, **{name: value})
     assert not (tmp_path / "report.json").exists()
+
+
+@pytest.mark.parametrize("p", ["0.5", 2, -0.1, None, [1], float("nan"), float("inf")], ids=str)
+def test_a_probability_that_is_none_is_told_with_its_line(tmp_path, options, lines, workshop, p):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    pairs = lines([{**good, "probability": 1}, {**good, "probability": p}])
+    with pytest.raises(UserError, match=r"data.jsonl:2: probability must be a number between 0 and 1, not "):
+        report(tmp_path, options, pairs=pairs)
+
+
+@pytest.mark.parametrize("judge", [False, True])
+def test_weights_that_are_not_finite_are_an_error_and_no_row(tmp_path, options, workshop, tiny, tokenizer, judge):
+    model = tiny(tokenizer.vocab_size, scalar_head=judge)
+    with torch.no_grad():
+        model.ln_f.bias[0] = math.nan
+    save_model(str(tmp_path / "nan"), model, tokenizer, {})
+    broken = {"reward": str(tmp_path / "nan")} if judge else {"policies": [str(tmp_path / "nan")]}
+    with pytest.raises(UserError, match="nan"):
+        report(tmp_path, options, **broken, pairs="")
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_the_answers_are_shown_without_control_characters(capsys):
+    print_answers(["\x1b[2J"], [("sft", [SimpleNamespace(text="a\r\x07b")], {})])
+    assert capsys.readouterr().out == "\n\\x1b[2J\n       sft  a\\r\\x07b\n"
+
+
+@pytest.mark.parametrize("name", ["", "folder/", "pipe"])
+def test_a_report_that_can_be_no_file_is_refused_before_anything_is_measured(tmp_path, options, name):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="--json must name a file, not"):
+        evaluate.main(evaluate.Config(**options, json=f"{tmp_path}/{name}"))
+
+
+def test_a_highest_gold_reward_that_is_no_number_is_none(tmp_path, options):
+    (tmp_path / "judge.py").write_text("GOLD_MAX = {3}\ndef score(prompts, texts):\n    return [1.0] * len(texts)\n")
+    assert report(tmp_path, options, gold=str(tmp_path / "judge.py:score"))["gold_max"] is None
 
 
 # -------------------------------------------------------------------------------------------------- the annotator
@@ -386,6 +428,21 @@ def test_the_annotator_refuses_a_temperature_of_0(annotator, tmp_path):
 def test_the_annotator_says_so_when_no_pair_is_left(annotator, workshop):
     with pytest.raises(UserError):
         annotator(policy=workshop.path("base"), max_new_tokens=1)  # one token: an empty answer, or one without an end
+
+
+def test_prompts_of_another_world_are_told_in_one_line(annotator, workshop, monkeypatch, tmp_path):
+    monkeypatch.setattr(annotate, "score", gold.score)
+    with pytest.raises(UserError, match="prompts.jsonl: the gold reward cannot judge it: "):
+        annotator()
+    assert list((tmp_path / "prefs").iterdir()) == []
+
+
+def test_the_two_files_of_the_annotator_belong_together(annotator, tmp_path, monkeypatch):
+    annotator()
+    before = contents(tmp_path / "prefs")
+    with pytest.raises(UserError):
+        annotator(seed=1, valid_prompts="nowhere.jsonl")
+    assert contents(tmp_path / "prefs") == before
 
 
 def test_the_standard_error_is_that_of_independent_prompts_not_of_their_answers():

@@ -71,7 +71,7 @@ def test_the_conversation_stands_above_the_two_answers_in_lines_that_fit():
 
 
 def test_a_model_cannot_send_commands_to_the_terminal():
-    assert layout("", "a\x1b[2Jb\r\x07", "", 20).split("\n")[3] == "a\ufffd[2Jb\ufffd\ufffd"
+    assert layout("", "a\x1b[2Jb\x07", "", 20).split("\n")[3] == "a\\x1b[2Jb\\x07"
     assert not {"\x1b", "\x9b", "\u202e"} & set(layout("\x1b[31m", "\x1b]0;x\x07\u202e", "\x9b2J", 100))
 
 
@@ -296,6 +296,7 @@ def test_one_model_against_another_is_tallied_and_the_screen_does_not_tell_which
 
 @pytest.mark.parametrize("options, message", [
     (["--temperature", 0], "--temperature must be above 0"),
+    (["--temperature", 1e-30], "--temperature must be 0 or at least 1e-6"),
     (["--max-new-tokens", 0], "--max-new-tokens must be at least 1"),
     (["--max-new-tokens", 48], "lower --max-new-tokens"),
     (["--prompts", "nowhere.jsonl"], "no file nowhere.jsonl"),
@@ -308,18 +309,39 @@ def test_mistakes_are_one_line_and_exit_code_2(judge, workshop, options, message
 
 
 @pytest.mark.parametrize("line, message", [
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "not a judgement about"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "models": ["x", "y"]}, "not a judgement about"),
     ({"prompt": "a", "chosen": "b", "rejected": "c", "models": ["x", "y"], "n": 1}, "not a judgement about"),
     ({"prompt": "a", "left": "b", "right": "c", "judgement": "tie", "models": None, "n": 1}, "not a judgement about"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "position": "left", "n": "1"}, "not a judgement about"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "position": ["left"], "n": 1}, "not a judgement about"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c", "n": 1}, "not a judgement about"),
     ("[1]", "a record must be an object"),
+    ("two words", "invalid JSON"),
     ('{"a": 1', "invalid JSON"),
 ])  # fmt: skip
 def test_a_file_of_something_else_is_refused_and_left_alone(judge, workshop, line, message):
     if isinstance(line, dict):
-        if line.get("models", 1) is None:  # a tie about the right models, in the wrong file
-            line["models"] = [workshop.path("sft")] * 2
+        if not line.get("models"):  # the right models, as for a tie in the file of the choices
+            line = line | {"models": [workshop.path("sft")] * 2}
         line = json.dumps(line)
     judge.out.parent.mkdir()
     judge.out.write_text(line)
     err = judge("l", fails=True)
     assert "p.jsonl:1: " in err and message in err and judge.out.read_text() == line
+
+
+def test_what_is_no_file_is_neither_written_nor_waited_for(judge):
+    judge.out.parent.mkdir()
+    os.mkfifo(judge.out.with_name("pipe.jsonl"))
+    for name in ("pipe.jsonl", "", "folder/"):
+        out = f"{judge.out.parent}/{name}" if name else ""
+        assert f"--out must name a file, not {out or 'nothing'}" in judge("l", "--out", out, fails=True)
+    os.mkfifo(judge.out.with_name("p.undecided.jsonl"))
+    assert "--out must name a file, not" in judge("l", fails=True)
+    assert sorted(os.listdir(judge.out.parent)) == ["p.undecided.jsonl", "pipe.jsonl"]
+
+
+def test_a_closed_input_is_the_end_of_it(judge, monkeypatch):
+    closed = io.StringIO()
+    closed.close()
+    assert not judge(stdin=closed)[1]

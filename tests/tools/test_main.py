@@ -104,7 +104,7 @@ def test_every_docstring_shows_a_command():
 def test_a_wrong_option_is_one_line_under_the_name_of_the_tool(nanopost, tool):
     code, out, err = nanopost(tool, "--speed", "9")
     assert (code, out) == (2, "") and len(err.splitlines()) == 1
-    assert err.startswith(f"nanopost {tool}: error: ")
+    assert err.startswith("error: ") and err.endswith(f"(nanopost {tool} --help lists the options)\n")
 
 
 def test_a_mistake_in_the_input_is_one_line_and_exit_code_2(nanopost):
@@ -155,6 +155,16 @@ def test_in_colour_the_targets_are_green(tokenizer):
 def test_characters_of_several_tokens_are_shown_whole(tokenizer):
     ids, mask = tokenizer.chat([user("caf\u00e9"), assistant("\U0001f600")])
     assert show.show_targets(tokenizer, ids, mask, False) == "<|user|>caf\u00e9<|assistant|>[\U0001f600<|end|>]"
+
+
+def test_show_obeys_no_record(nanopost, vocab, lines):
+    path = lines([{"prompt": "\x1b[2J", "completion": "\r\x9b\u202e"}])
+    out = nanopost("show", path, "--vocab", vocab)[1]
+    assert "<|user|>\\x1b[2J<|assistant|>[\\r\\x9b\\u202e<|end|>]" in out and "\x1b" not in out
+
+
+def test_an_unknown_tool_is_named_without_its_control_characters(nanopost):
+    assert "there is no tool \\x1b[2J; " in nanopost("\x1b[2J")[2]
 
 
 def test_show_tells_a_broken_record_with_its_file_and_line(nanopost, vocab, lines):

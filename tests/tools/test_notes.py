@@ -15,9 +15,11 @@ import tiktoken
 import annotate
 import gold
 import prepare
+import public
 import sums
 import world
-from conftest import ROOT
+from conftest import ROOT, contents
+from nanopost.config import UserError
 from nanopost.data import Example
 
 NOTES = ROOT / "data" / "notes"
@@ -85,15 +87,14 @@ def data(tmp_path_factory):
 
 
 def run_prepare(folder, hash_seed):
-    code = f"import sys, prepare; vars(prepare).update({SMALL}); sys.argv = ['', '--out', {str(folder)!r}]\n"
-    code += "prepare.main()"
+    code = f"import prepare; vars(prepare).update({SMALL}); prepare.main(prepare.Config({str(folder)!r}))"
     return subprocess.run(
         [sys.executable, "-c", code],
         cwd=NOTES,
         check=True,
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONHASHSEED": hash_seed},
+        env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(NOTES.parent.parent)},
     ).stdout
 
 
@@ -501,13 +502,13 @@ def test_more_prompts_than_there_are_is_an_error_and_not_an_endless_loop(evaluat
     monkeypatch.setitem(world.FILLERS, "name", world.FILLERS["name"][:2])
     monkeypatch.setattr(prepare, "TRIES", 1000)
     assert len(prepare.distinct_prompts(random.Random(0), 20, evaluation)) == 20
-    with pytest.raises(SystemExit, match="5,000 distinct prompts are too many"):
+    with pytest.raises(UserError, match="5,000 distinct prompts are too many"):
         prepare.distinct_prompts(random.Random(0), 5_000, evaluation)
 
 
 def test_a_family_without_any_request_is_an_error_and_not_an_endless_loop(monkeypatch):
     monkeypatch.setattr(prepare, "held_out", lambda family, slots: False)
-    with pytest.raises(SystemExit, match="no 'thank' request that is held out"):
+    with pytest.raises(UserError, match="no 'thank' request that is held out"):
         prepare.draw(random.Random(0), "thank", evaluation=True)
 
 
@@ -558,7 +559,7 @@ def test_sums_writes_different_prompts_that_are_held_out_or_not(tmp_path, monkey
     monkeypatch.setattr(sums, "TRAIN", 30)
     monkeypatch.setattr(sums, "EVAL", 20)
     for folder in ("a", "b"):
-        sums.main(str(tmp_path / folder))
+        sums.main(sums.Config(str(tmp_path / folder)))
     for name, count, evaluation in (("train", 30, False), ("eval", 20, True)):
         text = (tmp_path / "a" / f"{name}.jsonl").read_text()
         assert text == (tmp_path / "b" / f"{name}.jsonl").read_text()
@@ -566,6 +567,38 @@ def test_sums_writes_different_prompts_that_are_held_out_or_not(tmp_path, monkey
         assert len(set(prompts)) == count
         assert all(gold.read_prompt(prompt)[0] == "sum" for prompt in prompts)
         assert all(world.held_out(*combination(prompt)) == evaluation for prompt in prompts)
+
+
+@pytest.mark.parametrize("script", ["prepare", "sums"])
+def test_the_files_are_written_all_or_none(script, tmp_path, monkeypatch):
+    module = {"prepare": prepare, "sums": sums}[script]
+    for name, size in SMALL.items() if script == "prepare" else [("TRAIN", 30), ("EVAL", 20)]:
+        monkeypatch.setattr(module, name, size)
+    module.main(module.Config(str(tmp_path)))
+    before = contents(tmp_path)
+    names = sorted(before)
+
+    def fail(path, *mode, real=public.atomic):
+        if path.endswith(names[-1]):
+            raise OSError(28, "No space left on device", path)
+        return real(path, *mode)
+
+    monkeypatch.setattr(public, "atomic", fail)
+    monkeypatch.setattr(module, "draw", lambda *a, real=module.draw: real(random.Random(random.random()), *a[1:]))
+    with pytest.raises(OSError):
+        module.main(module.Config(str(tmp_path)))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("script", ["prepare", "sums"])
+@pytest.mark.parametrize("arguments, message", [
+    (["--outt", "x"], "--outt"), (["--out", "{file}/x"], "Not a directory: "), (["--out", "{file}"], "File exists: "),
+])  # fmt: skip
+def test_a_mistake_with_a_generator_is_told_in_one_line(command, tmp_path, script, arguments, message):
+    (tmp_path / "file").touch()
+    arguments = [word.format(file=tmp_path / "file") for word in arguments]
+    code, _, err = command(f"data/notes/{script}.py", *arguments)
+    assert code == 2 and message in err and err.count("\n") == 1 and contents(tmp_path) == {"file": b""}
 
 
 def test_the_annotator_prefers_by_the_gold_reward(workshop, tmp_path, data, lines, monkeypatch):

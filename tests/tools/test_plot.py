@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import os
+import pickle
 import shutil
 import sys
 
 import pytest
 
+from conftest import contents
 from nanopost.tools import evaluate, plot
 from nanopost.tools.plot import PANELS, draw_kl, draw_method, read_report, read_run, series, trajectories
 
@@ -276,19 +279,18 @@ def figures(monkeypatch, tmp_path):
     """figures(entries) -> {name of a picture: what is drawn in it}."""
 
     def figures(*entries):
-        drawings = {}
 
         class Figure:
             def __init__(self, what):
                 self.what = what
 
-            def savefig(self, path, **_):
-                drawings[path.removeprefix(f"{tmp_path / 'plots'}/").removesuffix(".png")] = self.what
+            def savefig(self, f, **_):
+                f.write(pickle.dumps(self.what))
 
         monkeypatch.setattr(plot, "draw_method", lambda method, runs: Figure(runs))
         monkeypatch.setattr(plot, "draw_kl", Figure)
         plot.main(plot.Config(list(map(str, entries)), str(tmp_path / "plots")))
-        return drawings
+        return {path.stem: pickle.loads(path.read_bytes()) for path in (tmp_path / "plots").iterdir()}
 
     return figures
 
@@ -328,6 +330,44 @@ def test_what_cannot_be_drawn_is_told_in_one_line(command, tmp_path):
         code, out, err = command("nanopost/__main__.py", "plot", *entries, "--out", tmp_path / "plots")
         assert code == 2 and err.startswith(f"error: {message}") and len(err.splitlines()) == 1
         assert "wrote" not in out and not (tmp_path / "plots").exists()
+
+
+@pytest.mark.parametrize("value", ['"high"', "NaN", "Infinity", "1e400", "9" * 400, "[1]", "{}"])
+def test_what_is_no_number_is_told_with_its_place(tool, tmp_path, value):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(HEADER.decode() + f'{{"step": 1, "loss": {value}}}\n')
+    (tmp_path / "kl.json").write_text(f'{{"rows": [{{"stage": "sft", "kl": 1.0, "gold": {value}}}]}}')
+    for entry, where in ((run, "metrics.jsonl:2: loss"), (tmp_path / "kl.json", "kl.json: sft: gold")):
+        code, out, err = tool("plot", entry, "--out", tmp_path / "plots")
+        assert (code, out, err.count("\n")) == (2, "", 1) and f"{where} must be a finite number, not " in err
+    assert not (tmp_path / "plots").exists()
+
+
+@needs_matplotlib
+def test_a_name_is_text_and_no_mathematics(tool, tmp_path):
+    report = write_report(tmp_path / "kl.json", [row(r"$\frac$ \x1b[2J", 1.0, 2.0)])
+    assert tool("plot", report, "--out", tmp_path / "plots")[0] == 0
+
+
+@needs_matplotlib
+def test_a_picture_that_cannot_be_written_leaves_the_one_before(tool, tmp_path, monkeypatch):
+    report = write_report(tmp_path / "kl.json")
+    assert tool("plot", report, "--out", tmp_path / "plots")[0] == 0
+    before = contents(tmp_path / "plots")
+
+    def fail(figure, f, **_):
+        f.write(b"half")
+        raise OSError(28, "No space left on device", f.name)
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    code, _, err = tool("plot", write_report(tmp_path / "kl.json", ROWS[:1]), "--out", tmp_path / "plots")
+    assert code == 2 and "No space left on device" in err and contents(tmp_path / "plots") == before
+
+
+def test_a_pipe_is_skipped_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    assert read_report(str(tmp_path / "pipe.json")) is None
 
 
 def test_without_matplotlib_it_says_what_to_install(command, tmp_path, monkeypatch):

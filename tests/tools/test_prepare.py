@@ -4,6 +4,7 @@ import gzip
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -281,6 +282,8 @@ def test_a_malformed_row_is_refused_with_its_line_and_nothing_is_written(run, li
     ("[]", "rows.json: SFT: no records"),
     ("", "rows.json: SFT: no records"),
     ("<html>", "rows.json:1: invalid JSON"),
+    ("[" * 100_000, "rows.json is broken: "),
+    ("[" + "9" * 5000 + "]", "rows.json"),
     (gzip.compress(json.dumps(tasks(9)).encode(), mtime=0)[:-9], "rows.json is broken: Compressed file ended"),
     (gzip.compress(b"[]", mtime=0)[:9] + b"\xff" * 20, "rows.json is broken: Error -3 while decompressing"),
 ])  # fmt: skip
@@ -293,6 +296,20 @@ def test_a_broken_parquet_file_is_refused(run, tmp_path):
     pytest.importorskip("pyarrow")
     (tmp_path / "x").write_bytes(b"PAR1" * 9)
     assert "x is broken: " in run("ultrafeedback", "--file", tmp_path / "x", "--valid", tmp_path / "x", fails=True)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "no file " in run("alpaca", "--file", tmp_path / "pipe", fails=True)
+
+
+def test_a_file_that_unpacks_to_more_than_the_memory_is_told_in_one_line(run, tmp_path, monkeypatch):
+    def fail(data):
+        raise MemoryError
+
+    monkeypatch.setattr(public.gzip, "decompress", fail)
+    (tmp_path / "rows.json").write_bytes(gzip.compress(b"[]"))
+    assert "rows.json is broken: MemoryError" in run("alpaca", "--file", tmp_path / "rows.json", fails=True)
 
 
 def test_other_mistakes_are_one_line(run, tmp_path, lines):

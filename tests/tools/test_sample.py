@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -309,15 +310,16 @@ def test_a_failure_leaves_the_earlier_file(run, scripted):
     assert run.out.read_bytes() == before and [p.name for p in run.out.parent.iterdir()] == ["samples.jsonl"]
 
 
-@pytest.mark.parametrize("name", ["", "a_file/samples.jsonl", "x" * 300])
+@pytest.mark.parametrize("name", ["", "folder/", "pipe", "a_file/samples.jsonl", "x" * 300])
 def test_a_file_that_cannot_be_written_shows_before_the_sampling(command, workshop, tmp_path, monkeypatch, name):
     def refuse(*args, **options):
         raise AssertionError("it sampled")
 
     monkeypatch.setattr(sample, "sample_text", refuse)
     (tmp_path / "a_file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
     arguments = ["--prompts", workshop.path("prompts.jsonl"), "--max-new-tokens", 8, "--device", "cpu"]
-    out = tmp_path / name
+    out = f"{tmp_path}/{name}"
     code, _, err = command("nanopost/__main__.py", "sample", workshop.path("sft"), *arguments, "--out", out)
     assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1
 
@@ -330,6 +332,7 @@ def test_a_file_that_cannot_be_written_shows_before_the_sampling(command, worksh
         ({"batch_size": 0}, "--batch-size"),
         ({"limit": -1}, "--limit"),
         ({"temperature": -0.1}, "--temperature"),
+        ({"temperature": 1e-30}, "--temperature"),
         ({"keep": "worst"}, "--keep must be all or"),
         ({"keep": "best"}, "give --reward"),
         ({"threshold": 0.0}, "give --reward"),
@@ -435,3 +438,7 @@ def test_fine_tuning_on_the_best_of_n_raises_the_score_of_the_policy(run, worksh
                 )
             )
     assert means[1] > 2 * means[0] and means[2] > means[1] + 0.1, means
+
+
+def test_a_large_seed_is_as_good_as_any(run):
+    assert run(seed=2**62 + 1)[0] != run(seed=0)[0]
