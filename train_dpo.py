@@ -49,7 +49,7 @@ class Config(Options):
         super().__post_init__()
         self.keep_apart("init")
         at_least(self, 1, "batch_size", "max_new_tokens", "eval_every", "eval_pairs")
-        at_least(self, 0, "steps", "epochs", "micro_batch", "lr")
+        between(self, 0, 1, "warmup")
         between(self, 0, 0.499, "label_smoothing")
         if not self.beta > 0:
             raise UserError("--beta must be above 0: without it there is nothing to learn")

@@ -70,10 +70,9 @@ class Config(Options):
         self.keep_apart("init", "reward", "critic")
         at_least(self, 1, "steps", "batch_size", "epochs", "minibatches", "max_new_tokens", "kl_horizon")
         at_least(self, 1, "eval_every", "eval_prompts")
-        at_least(self, 0, "micro_batch", "lr", "beta", "clip", "value_clip")
         between(self, 0, 1, "gamma", "lam")
-        if self.temperature <= 0:
-            raise UserError("--temperature must be above 0: greedy answers have no ratio")
+        if self.temperature < 1e-6:
+            raise UserError("--temperature must be at least 1e-6: greedy answers have no ratio")
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from nanopost.checkpoint import load_model
-from nanopost.config import UserError, at_least, cli
+from nanopost.config import UserError, at_least, between, cli
 from nanopost.data import batches, collate, load_pairs, map_batches, micro_batches
 from nanopost.model import upcast
 from nanopost.reward import score_examples
@@ -51,7 +51,7 @@ class Config(Options):
         super().__post_init__()
         self.keep_apart("init")
         at_least(self, 1, "batch_size", "max_new_tokens", "eval_every", "eval_pairs")
-        at_least(self, 0, "steps", "epochs", "micro_batch", "lr", "weight_decay", "normalise")
+        between(self, 0, 1, "warmup")
 
 
 def pairwise_loss(chosen, rejected):
@@ -124,6 +124,10 @@ def main(config: Config):
     valid = load_pairs(config.valid, tokenizer, block_size, config.eval_pairs)
     total = config.steps or round(config.epochs * math.ceil(len(pairs) / config.batch_size))
     warmup = round(config.warmup * total)
+    longest = block_size - config.max_new_tokens
+    prompts = [pair.chosen.prompt for pair in pairs if len(pair.chosen.prompt) <= longest][: config.normalise]
+    if config.normalise and not prompts:
+        raise UserError("--normalise: no prompt leaves room for an answer in the context; lower --max-new-tokens")
 
     optimizer = adamw(model.parameters(), config.lr, eps=1e-5, weight_decay=config.weight_decay)
 
@@ -156,9 +160,6 @@ def main(config: Config):
 
     # one scale for every reward model
     if config.normalise:
-        longest = block_size - config.max_new_tokens
-        prompts = [pair.chosen.prompt for pair in pairs]
-        prompts = [ids for ids in prompts if len(ids) <= longest][: config.normalise]
         answers = sample_text(sft, tokenizer, prompts, config.max_new_tokens, seed=config.seed)
         mean, std = normalise(model, answers)
         run.print(f"normalised on {len(answers)} answers of {config.init}: mean {mean:.2f} -> 0, std {std:.2f} -> 1")

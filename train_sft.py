@@ -20,7 +20,7 @@ from itertools import islice
 import torch
 
 from nanopost.checkpoint import load_model
-from nanopost.config import UserError, at_least, cli, flag
+from nanopost.config import UserError, at_least, between, cli, flag
 from nanopost.data import batches, collate, in_length_order, load_examples, micro_batches
 from nanopost.model import GPT, GPTConfig, token_nll
 from nanopost.run import Options, Run, adamw, schedule
@@ -55,7 +55,7 @@ class Config(Options):
         super().__post_init__()
         self.keep_apart("init")
         at_least(self, 1, "batch_size", "max_new_tokens", "eval_every")
-        at_least(self, 0, "steps", "epochs", "micro_batch", "lr", "weight_decay")
+        between(self, 0, 1, "warmup")
 
 
 def masked_cross_entropy(logits, targets, mask, count=None, nll=token_nll):

@@ -1,7 +1,7 @@
 """How fast nanopost is, and how far that is from what the machine could do. It times the scripts' own functions.
 
     python benchmarks/bench.py                            # the embedded model, on one thread of the CPU
-    python benchmarks/bench.py --size gpt2                # GPT-2 124M, on a GPU
+    python benchmarks/bench.py --size gpt2                # GPT-2 124M, on a GPU with 40 GB
     python benchmarks/bench.py --size trl-small --against trl --only sft,dpo
 
 Every measurement is a process of its own, so its peak memory is its own. Only real tokens are counted, not padding, and

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 import weakref
 import zipfile
 
@@ -196,6 +197,8 @@ def load_run(folder: str) -> tuple[GPT, Tokenizer]:
     tensors = load_file(path)
     if not fits(tensors, config):
         raise UserError(f"{path} does not fit the model that config.json describes")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise UserError(f"{path} holds weights that are not finite numbers; train it again")
     model = GPT(config)
     model.load_state_dict(tensors)
     return model, tokenizer
@@ -253,7 +256,9 @@ def load_file(path: str):
             odd = any(part.compress_type or part.external_attr for part in archive.infolist())  # torch.save has neither
             if odd or archive.testzip():
                 raise ValueError
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kinds of tensors that no model of ours has
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (UserError, MemoryError, PermissionError) as error:
         reason = getattr(error, "strerror", None) or str(error) or "there is not enough memory"
     except Exception:  # a corrupt file can raise anything

@@ -126,6 +126,8 @@ def parse(config_class, argv=None, prog=None):
             )
     argv = sys.argv[1:] if argv is None else argv
     argv = [re.sub("^--[^=]+", lambda option: option[0].replace("_", "-"), a) for a in argv]
+    if nothing := [a for a in argv if a.endswith("=--")]:  # argparse itself stumbles over it
+        parser.error(f"{nothing[0]} gives no value")
     config = config_class(**vars(parser.parse_args(argv)))
     all_finite(config)
     return config
@@ -145,6 +147,8 @@ def cli(main, config_class, argv=None, prog=None):
         where = "" if error.filename is None else f": {error.filename}"
         fail(f"{error.strerror or error}{where}")
     except (MemoryError, RuntimeError) as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            fail(f"torch.compile failed; --compile off does without. {error}")
         if isinstance(error, RuntimeError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         fail(f"not enough memory; make the batch, the model or the file smaller. {error}")

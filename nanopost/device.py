@@ -1,5 +1,7 @@
 """Where the computation runs: the device by its name, its precision, copies to it."""
 
+import re
+
 import torch
 
 from nanopost.config import UserError
@@ -8,6 +10,8 @@ from nanopost.config import UserError
 def find_device(name: str) -> torch.device:
     """The device of this name, made current; auto is the first GPU if there is one. Raises UserError if it is
     unavailable."""
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?|mps", name):
+        raise UserError(f"--device must be auto, cpu, cuda, cuda:1 (the second GPU) or mps, not {name}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -30,7 +30,10 @@ LOGIT_ROWS = 2**11
 
 def token_nll(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """-log softmax(logits / temperature) at each target, in nats, fp32: logits (N, V), targets (N,) -> (N,)."""
-    return F.cross_entropy(upcast(logits) / temperature, targets, reduction="none")
+    logits = upcast(logits)
+    if temperature != 1:  # a pass over all logits, and one more in the backward pass
+        logits = logits / temperature
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 @dataclass
@@ -49,6 +52,8 @@ class GPTConfig:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_layer > 1000:
+            raise UserError(f"n_layer must be at most 1,000, not {self.n_layer:,}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         if self.block_size % 8:

@@ -107,8 +107,8 @@ class Decoding:
     def drop_ended(self, at_once: bool) -> int:
         """Drops the rows that have ended: all at once, or only when half have, since it copies the cache. Returns how
         many are still going."""
-        stay = ~self.ended[self.rows]  # (n,)
-        going = int(stay.sum())
+        stay = (~self.ended[self.rows]).nonzero()[:, 0]  # which of the n rows
+        going = len(stay)
         if going <= (len(self.rows) - 1 if at_once else len(self.rows) // 2):
             self.rows = self.rows[stay]
             self.token = self.token[stay]

@@ -39,10 +39,16 @@ def test_auto_is_the_gpu_if_there_is_one(monkeypatch):
     assert asked == ["cuda", "cpu"]
 
 
-@pytest.mark.parametrize("name", ["abacus", "cuda:99", ""])
-def test_a_device_that_is_unavailable_is_refused_in_one_line(name):
-    with pytest.raises(UserError, match=f"--device {name}: ") as error:
+@pytest.mark.parametrize("name", ["abacus", "gpu", "meta", ""])
+def test_what_is_no_device_of_ours_is_refused_with_what_it_may_be(name):
+    """PyTorch would take meta, and compute nothing; of abacus it would list dozens that there might be."""
+    with pytest.raises(UserError, match="--device must be auto, cpu, cuda, .* or mps, not "):
         find_device(name)
+
+
+def test_a_device_that_is_unavailable_is_refused_in_one_line():
+    with pytest.raises(UserError, match="--device cuda:99: ") as error:
+        find_device("cuda:99")
     assert "\n" not in str(error.value)
 
 

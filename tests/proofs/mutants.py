@@ -612,7 +612,7 @@ SAMPLING = {
         ("the final norm twice before the values", "scalar(hidden)", "scalar(self.model.ln_f(hidden))"),
     ],
     "nanopost.sampling.Decoding.drop_ended": [
-        ("other rows dropped than from the cache", "self.rows = self.rows[stay]", "self.rows = self.rows[: stay.sum()]")
+        ("other rows dropped than from the cache", "self.rows = self.rows[stay]", "self.rows = self.rows[:going]")
     ],
     "nanopost.sampling.Decoding.batch": [
         ("the mask one token late", "column >= self.prompt_lengths[:, None]", "column > self.prompt_lengths[:, None]"),

@@ -113,7 +113,7 @@ BREAKAGES = {
     "wrong width": (lambda d: edit_config(d, n_embd=32), "does not fit the model"),
     "a size that is no whole number": (lambda d: edit_config(d, n_layer=2.0), "n_layer must be of type int"),
     "a size that is text": (lambda d: edit_config(d, n_head="2"), "does not describe a model"),
-    "a layer for every person": (lambda d: edit_config(d, n_layer=10**10), "does not fit the model"),
+    "a layer for every person": (lambda d: edit_config(d, n_layer=10**10), "n_layer must be at most 1,000"),
     "a width of exabytes": (lambda d: edit_config(d, n_embd=2**40, n_head=1), "does not fit the model"),
     "a context beyond 64 bits": (lambda d: edit_config(d, block_size=2**80), "does not fit the model"),
     "config of brackets": (lambda d: (d / "config.json").write_text("[" * 10**5), "does not describe a model"),

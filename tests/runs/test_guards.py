@@ -1,5 +1,6 @@
 """Nothing that comes from a file is trusted: what is resumed, what is loaded, what is overwritten, what is printed."""
 
+import contextlib
 import errno
 import functools
 import io
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from conftest import ROOT, SCRIPTS, Killed, assert_same_tensors, contents, copie
 from nanopost.checkpoint import Folder, atomic, load_file, load_model
 from nanopost.config import UserError, clean, cli, parse
 from nanopost.config import one_line as on_one_line
+from nanopost.model import GPTConfig
 from nanopost.resume import load_optimizer
 from nanopost.run import Options, Run, adamw
 
@@ -416,8 +419,8 @@ def test_every_number_of_a_script_must_be_finite(script, number, workshop, tmp_p
         refused(functools.partial(workshop.config, script, tmp_path / "out", **wrong), option, str(number))
 
 
-@pytest.mark.parametrize("wrong", [{"seed": 2**63}, {"out": ""}, {"device": "meta"}, {"device": "gpu"}], ids=str)
-def test_what_pytorch_would_take_or_list_is_refused_with_what_it_may_be(wrong, workshop, tmp_path):
+@pytest.mark.parametrize("wrong", [{"seed": 2**63}, {"out": ""}, {"warmup": 5}], ids=str)
+def test_what_would_be_taken_without_a_word_is_refused_with_what_it_may_be(wrong, workshop, tmp_path):
     refused(lambda: workshop.config("sft", **{"out": tmp_path / "out", **wrong}), f"--{next(iter(wrong))} must ")
 
 
@@ -485,3 +488,41 @@ def test_a_closed_pipe_is_one_line(capsys, monkeypatch):
 
 def test_whole_numbers_of_64_bits_keep_their_digits():
     assert parse(Options, ["--seed", str(2**53 + 1)]).seed == 2**53 + 1
+
+
+# -- what else a person could meet
+
+
+def test_a_model_of_a_billion_layers_is_refused():
+    with pytest.raises(UserError, match="n_layer must be at most 1,000"):
+        GPTConfig(n_layer=10**9)
+
+
+def test_weights_that_are_not_finite_are_refused(workshop, tmp_path):
+    folder = shutil.copytree(workshop.path("dropout"), tmp_path / "model")
+    weights = torch.load(folder / "model.pt")
+    weights["wpe.weight"][3, 2] = torch.nan
+    torch.save(weights, folder / "model.pt")
+    with pytest.raises(UserError, match="model.pt holds weights that are not finite"):
+        load_model(str(folder))
+
+
+def test_a_compiler_that_fails_is_told_in_one_line(capsys):
+    failure = type("TritonMissing", (RuntimeError,), {"__module__": "torch._inductor.exc"})
+
+    def main(config):
+        raise failure("Cannot find a working triton installation.\nMore lines.")
+
+    with pytest.raises(SystemExit, match="2"):
+        cli(main, Options, [])
+    err = capsys.readouterr().err
+    assert (
+        err.startswith("error: torch.compile failed; --compile off does without. Cannot find") and err.count("\n") == 1
+    )
+
+
+@pytest.mark.parametrize("scale, refused", [(1024.0, False), (1.0, False), (0.5, True)])
+def test_in_half_precision_steps_are_skipped_but_not_for_ever(scale, refused):
+    scaler = SimpleNamespace(is_enabled=lambda: True, get_scale=lambda: scale)
+    with pytest.raises(UserError, match="grad_norm is inf") if refused else contextlib.nullcontext():
+        Run.check_finite(SimpleNamespace(scaler=scaler), {"grad_norm": math.inf}, 3)

@@ -450,11 +450,17 @@ def test_rm_normalisation_keeps_the_ranking_and_rescales_all_rewards_alike(works
     torch.testing.assert_close(score_examples(model, answers), (before - mean) / std, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("options", [dict(normalise=1), dict(max_new_tokens=48)], ids=["one answer", "no room"])
-def test_rm_without_different_answers_to_normalise_on_says_so_and_writes_no_model(options, workshop, tmp_path):
+def test_rm_without_different_answers_to_normalise_on_says_so_and_writes_no_model(workshop, tmp_path):
     with pytest.raises(UserError, match="--normalise needs answers with different rewards"):
-        workshop.run("rm", tmp_path / "out", steps=1, **options)
+        workshop.run("rm", tmp_path / "out", steps=1, normalise=1)
     assert not (tmp_path / "out" / "model.pt").exists()
+
+
+def test_rm_notices_before_it_trains_that_no_prompt_leaves_room_for_normalising(workshop, tmp_path):
+    with pytest.raises(UserError, match="--normalise: no prompt leaves room .* lower --max-new-tokens"):
+        workshop.run("rm", tmp_path / "out", steps=1, max_new_tokens=48)
+    assert not (tmp_path / "out").exists()
+    workshop.run("rm", tmp_path / "out", steps=1, max_new_tokens=48, normalise=0)
 
 
 def test_rm_evaluation_is_over_all_pairs_whatever_the_batch(workshop, tokenizer):

@@ -71,6 +71,7 @@ BAD = [
     ("sft", "--dtype fp8", None, "--dtype"),
     ("sft", "--logs paper", None, "--logs"),
     ("sft", "--out ''", None, "--out"),
+    ("sft", "--steps=--", None, "--steps"),
     ("rm", "--normalise -1", None, "--normalise"),
     ("rm", "--max-new-tokens 48 --normalise 1", None, "--max-new-tokens"),
     ("dpo", "--beta nan", None, "--beta"),

@@ -211,7 +211,11 @@ def test_so_it_is_for_processes_from_the_command_line(script, workshop, tmp_path
         for resume in (False, True):
             arguments = command_line(workshop.config(script, out, resume=resume, **options))
             process = subprocess.Popen(
-                [sys.executable, f"train_{script}.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True
+                [sys.executable, f"train_{script}.py", *arguments],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in this process: threads change the last bits
+                stdout=subprocess.PIPE,
+                text=True,
             )
             if not resume:
                 for line in process.stdout:
