@@ -1,4 +1,4 @@
-"""Measure policies on held-out prompts: one row per policy, with standard errors.
+"""Measure policies on held-out prompts: one row per policy and temperature, with standard errors.
 
     nanopost evaluate out/base out/sft out/dpo out/ppo --reference out/sft --reward out/rm \\
         --gold data/notes/gold.py:score --prompts data/notes/prompts_eval.jsonl --pairs out/prefs/valid.jsonl
@@ -11,6 +11,16 @@ entropy     nats per answer: the mean of -log pi(y|x)
 length      tokens per answer, the end token included
 ended       share of answers that end by themselves
 distinct    distinct answers / answers
+
+--temperature 0,0.5,1 gives each policy three rows: sft@0 (greedy), sft@0.5 and sft. pi is what the answers were sampled
+from, softmax(logits / temperature). The reference is one fixed distribution, its answers and its log-probabilities are
+those at temperature 1, so all rows are compared with the same thing. Greedy rows have neither KL nor entropy.
+
+--best-of 4 adds a row: of every 4 answers of the reference at temperature 1, the one with the highest reward. Its KL is
+not measured; what the table gives as "at most" is the bound log n - (n-1)/n (Beirami et al., arXiv 2401.01879).
+
+With --reward it is also printed how often the reward reads the prompt: the share of the reference's answers with a
+higher reward under their own prompt than under another one. A reward that ignores the prompt gets 50%.
 """
 
 import json
@@ -26,10 +36,12 @@ from nanopost.checkpoint import atomic, load_model, same_vocabulary
 from nanopost.config import UserError, at_least, clean
 from nanopost.data import Example, load_pairs, load_prompts, map_batches
 from nanopost.device import find_device
+from nanopost.reads_prompt import other_prompts, read_families, reads_prompt, wins
 from nanopost.records import read_records
-from nanopost.reward import call_reward, load_function, load_reward_model, score_examples
+from nanopost.reward import call_reward, load_function, load_reward, load_reward_model, score_examples
 from nanopost.sampling import sample_text
-from nanopost.tools import check_file, check_temperature
+from nanopost.tools import at, check_file, parse_temperatures
+from nanopost.tools.sample import best_of, kl_of_best_of
 
 FORMATS = dict(
     gold=".2f", reward=".2f", win_rate=".1%", kl=".2f", entropy=".1f", length=".1f", ended=".1%", distinct=".1%"
@@ -39,15 +51,16 @@ FORMATS = dict(
 @dataclass
 class Config:
     policies: list[str]  # folders of the models to measure
-    reference: str = "out/sft"  # folder of the policy that KL and win rate refer to
-    reward: str = ""  # folder of a reward model; empty: no such column
+    reference: str = "out/sft"  # folder of the policy that KL and win rate refer to, at temperature 1
+    reward: str = ""  # folder of a reward model, or a Python function: file.py:function; empty: no such column
     gold: str = ""  # the true reward, a Python function: file.py:function; empty: no such columns
     prompts: str = "data/notes/prompts_eval.jsonl"  # held-out prompts
     pairs: str = ""  # held-out labelled pairs, to measure the reward model's accuracy
     limit: int = 500  # use at most this many prompts
     samples: int = 2  # answers per prompt
     max_new_tokens: int = 80  # the longest answer, in tokens
-    temperature: float = 1.0  # sampling temperature; KL and entropy are unbiased only at 1
+    temperature: str = "1"  # sampling temperatures, separated by commas: a row for each; 0: greedy
+    best_of: int = 0  # a row for the best of this many answers of the reference, by --reward; 0: no such row
     seed: int = 0  # seed for sampling
     device: str = "auto"  # auto, cpu, cuda or mps
     json: str = ""  # file for the report; empty: only print the table
@@ -56,33 +69,46 @@ class Config:
 
     def __post_init__(self):
         at_least(self, 1, "limit", "samples", "max_new_tokens")
-        at_least(self, 0, "temperature", "show")
-        check_temperature(self.temperature)
-        if self.pairs and not self.reward:
-            raise UserError("--pairs measures a reward model: give --reward")
+        at_least(self, 0, "best_of", "show")
+        parse_temperatures(self.temperature)
+        if self.pairs and (not self.reward or is_program(self.reward)):
+            raise UserError("--pairs measures a reward model: give --reward the folder of one")
+        if self.best_of == 1:
+            raise UserError("--best-of must be at least 2 (0: no such row), not 1")
+        if self.best_of and not self.reward:
+            raise UserError("--best-of keeps the answer with the highest reward: give --reward")
+
+
+def is_program(reward: str) -> bool:
+    return reward.partition(":")[0].endswith(".py")
 
 
 @torch.no_grad()
-def sequence_logprobs(model, answers: list[Example], batch_size: int = 64) -> torch.Tensor:
-    """log pi(y|x) of each answer: (N,) in nats, at temperature 1."""
+def sequence_logprobs(model, answers: list[Example], temperature: float = 1.0, batch_size: int = 64) -> torch.Tensor:
+    """log pi(y|x) of each answer, under softmax(logits / temperature): (N,) in nats."""
 
     def total(batch):
-        return model.logprobs(model(batch.ids), batch.ids, batch.index).cpu().double().sum(1)  # (B, T-1) -> (B,)
+        logprobs = model.logprobs(model(batch.ids), batch.ids, batch.index, temperature)  # (B, T-1)
+        return logprobs.cpu().double().sum(1)  # (B,)
 
     return map_batches(total, answers, batch_size, model.device)
 
 
 def measure(answers, logprobs, reference_logprobs, rewards=None, gold=None, reference_gold=None) -> dict:
-    """One value per answer (N,) for every column; its mean is the cell of the table. Log-probs in nats per answer."""
+    """One value per answer (N,) for every column; its mean is the cell of the table. Log-probs in nats per answer.
+
+    logprobs are those of the distribution that was sampled from; None, where there is none, leaves out KL and entropy.
+    """
     responses = [tuple(answer.response) for answer in answers]
     copies = Counter(responses)
-    values = {"gold": gold, "reward": rewards, "kl": logprobs - reference_logprobs, "entropy": -logprobs}
+    values = {"gold": gold, "reward": rewards}
+    if logprobs is not None:
+        values |= {"kl": logprobs - reference_logprobs, "entropy": -logprobs}
     values["length"] = [len(response) for response in responses]
     values["ended"] = [answer.ended for answer in answers]
     values["distinct"] = [1 / copies[response] for response in responses]  # sums to the number of distinct ones
     if gold is not None:
-        ours, theirs = torch.tensor([gold, reference_gold], dtype=torch.float32)  # where rounding errors are ties
-        values["win_rate"] = 0.5 + 0.5 * (ours - theirs).sign()
+        values["win_rate"] = wins(torch.tensor(gold), torch.tensor(reference_gold))
     present = [name for name in FORMATS if values.get(name) is not None]
     return {name: torch.as_tensor(values[name], dtype=torch.float64) for name in present}
 
@@ -120,12 +146,16 @@ def pair_accuracy(model, tokenizer, path: str) -> tuple[float, float | None]:
 
 
 def table(rows: list[dict]) -> str:
-    """A Markdown table: mean ± standard error."""
-    formats = {name: style for name, style in FORMATS.items() if name in rows[0]}
+    """A Markdown table: mean ± standard error. A row without a column has an empty cell there."""
+    formats = {name: style for name, style in FORMATS.items() if any(name in row for row in rows)}
+
+    def cell(row, name, style):
+        if name == "kl" and "kl_bound" in row:
+            return f"at most {row['kl_bound']:{style}}"
+        return f"{row[name]:{style}} ± {row[name + '_stderr']:{style}}".replace("% ±", " ±") if name in row else ""
+
     lines = [["stage", *formats]]
-    for row in rows:
-        cells = [f"{row[name]:{style}} ± {row[name + '_stderr']:{style}}" for name, style in formats.items()]
-        lines.append([row["stage"], *(cell.replace("% ±", " ±") for cell in cells)])
+    lines += [[row["stage"], *(cell(row, name, style) for name, style in formats.items())] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
@@ -139,6 +169,19 @@ def print_answers(prompts: list[str], measured: list[tuple[str, list[Example], d
         for stage, answers, values in measured:
             gold = f" {values['gold'][i]:+5.2f}" if "gold" in values else ""
             print(f"  {stage:>{width}}{gold}  {clean(answers[i].text)}")
+
+
+def name_of(folder: str) -> str:
+    """The stage of a folder: ppo, or of a kept copy ppo/step-10."""
+    return re.search(r"[^/]+(/step-\d+)?$", Path(folder).as_posix())[0]
+
+
+def check_finite(answers: list[Example], values: dict[str, torch.Tensor], models: str):
+    """Raises UserError unless the log-probabilities of the answers, and all values, are finite."""
+    values = {"log-probability": torch.tensor([answer.logprob for answer in answers]), **values}
+    for name, x in values.items():
+        if not x.isfinite().all():
+            raise UserError(f"{name} is not finite for all answers: the weights in {models} are broken")
 
 
 def main(config: Config):
@@ -161,40 +204,64 @@ def main(config: Config):
     gold = load_function(config.gold) if config.gold else None
     gold_max = getattr(gold, "__globals__", {}).get("GOLD_MAX")
     report = {"rows": [], "gold_max": gold_max if isinstance(gold_max, (int, float)) else None}
-    reward = load_reward_model(config.reward, tokenizer, config.reference, context, device) if config.reward else None
+    judge = load_reward(config.reward, tokenizer, config.reference, context, device) if config.reward else None
     if config.pairs:
+        reward = load_reward_model(config.reward, tokenizer, config.reference, context, device)
         accuracy, ceiling = pair_accuracy(reward, tokenizer, config.pairs)
         report |= {"rm_accuracy": accuracy, "rm_accuracy_ceiling": ceiling}
         best = f", best possible {ceiling:.1%}" if ceiling else ""
         print(f"reward model: accuracy {accuracy:.1%} on {config.pairs}{best}")
 
-    # Answers of the reference and of each policy to the same prompts
-    prompts, ids = prompts * config.samples, ids * config.samples
+    # The reference's answers at temperature 1: what all rows are compared with
+    P = len(prompts)
+    others = None
+    if judge and len({json.dumps(prompt) for prompt in prompts}) > 1:
+        others = other_prompts(prompts, read_families(config.prompts, prompts), config.seed)
+    prompts, ids = prompts * config.samples, ids * config.samples  # N = P * samples
 
-    def sample(model, seed):
-        options = dict(temperature=config.temperature, seed=seed)
-        answers = sample_text(model, tokenizer, ids, config.max_new_tokens, **options)
-        texts = [answer.text for answer in answers]
-        return answers, call_reward(gold, prompts, texts) if gold else None
+    def sample(model, seed, temperature=1.0, n=1):
+        """n answers to each prompt, N after N."""
+        return sample_text(model, tokenizer, ids * n, config.max_new_tokens, temperature=temperature, seed=seed)
 
-    reference_gold = sample(reference, config.seed + 1)[1] if gold else None
+    def grade(answers):
+        return call_reward(gold, prompts, [answer.text for answer in answers]) if gold else None
+
+    of_reference = sample(reference, config.seed + 1) if gold or others else []
+    reference_gold = grade(of_reference)
+    if others:
+        check_finite(of_reference, {}, config.reference)
+        share = reads_prompt(judge, prompts, of_reference, others * config.samples)
+        report["reads_prompt"] = share
+        print(f"reads the prompt: {share:.0%} (answers with a higher reward under their own prompt than under another)")
+
+    # One row per policy and temperature
     measured = []
-    for folder, policy in zip(config.policies, policies):
-        answers, golds = sample(policy, config.seed)
-        logprobs, reference_logprobs = (sequence_logprobs(model, answers) for model in (policy, reference))
-        rewards = score_examples(reward, answers) if reward else None
-        values = measure(answers, logprobs, reference_logprobs, rewards, golds, reference_gold)
-        for name, x in values.items():
-            if not x.isfinite().all():
-                models = " or ".join(filter(None, (folder, config.reference, config.reward)))
-                raise UserError(f"{name} is not finite for all answers: the weights in {models} are broken")
-        stage = re.search(r"[^/]+(/step-\d+)?$", Path(folder).as_posix())[0]  # ppo, or of a kept copy ppo/step-10
+
+    def add(folder, stage, temperature, answers, logprobs=None, reference_logprobs=None, **more):
+        rewards = judge(prompts, answers) if judge else None
+        values = measure(answers, logprobs, reference_logprobs, rewards, grade(answers), reference_gold)
+        check_finite(answers, values, " or ".join(filter(None, (folder, config.reference, config.reward))))
         measured.append((stage, answers, values))
-        report["rows"].append({"stage": stage, **summary(values, config.samples)})
+        row = {"stage": stage, "temperature": temperature, **summary(values, config.samples), **more}
+        report["rows"].append(row)
+
+    for folder, policy in zip(config.policies, policies):
+        for temperature in parse_temperatures(config.temperature):
+            answers = sample(policy, config.seed, temperature)
+            logprobs = []
+            if temperature > 0:
+                logprobs = [sequence_logprobs(policy, answers, temperature), sequence_logprobs(reference, answers)]
+            add(folder, name_of(folder) + at(temperature), temperature, answers, *logprobs)
+    if config.best_of:
+        n = config.best_of
+        candidates = sample(reference, config.seed + 2, n=n)
+        scores = judge(prompts * n, candidates).view(n, -1).T  # (N, n)
+        best = [candidates[k * len(ids) + i] for i, k in enumerate(best_of(scores).tolist())]
+        add(config.reference, f"{name_of(config.reference)} best of {n}", 1.0, best, kl_bound=kl_of_best_of(n))
 
     # The table and the report
     print_answers([tokenizer.decode(prompt) for prompt in ids[: config.show]], measured)
-    print(f"\n{len(ids)} answers to {len(ids) // config.samples} prompts of {config.prompts}\n")
+    print(f"\n{len(ids)} answers to {P} prompts of {config.prompts}\n")
     print(table(report["rows"]) + "\n")
     report["seconds"] = round(time.time() - started, 1)
     print(f"{report['seconds']:.0f} s")

@@ -17,8 +17,9 @@ from conftest import contents
 from nanopost.checkpoint import load_model, save_model
 from nanopost.config import UserError
 from nanopost.data import Example
+from nanopost.reads_prompt import other_prompts, read_families, reads_prompt
 from nanopost.sampling import sample_text
-from nanopost.tools import evaluate
+from nanopost.tools import evaluate, parse_temperatures
 from nanopost.tools.evaluate import measure, pair_accuracy, print_answers, sequence_logprobs, summary, table
 
 V, END = 5, 4  # a vocabulary whose answers of at most two tokens can all be written down: (end), and 4 x 5 others
@@ -37,11 +38,11 @@ def reference(tiny):
 
 
 @torch.no_grad()
-def answers(model) -> dict:
+def answers(model, temperature=1.0) -> dict:
     """{answer: its log-probability} of all answers of at most two tokens to PROMPT."""
 
     def after(ids):
-        return model.logits(model(torch.tensor([ids])))[0, -1].log_softmax(-1).tolist()
+        return (model.logits(model(torch.tensor([ids])))[0, -1] / temperature).log_softmax(-1).tolist()
 
     first, out = after(PROMPT), {}
     for a in range(V):
@@ -73,6 +74,25 @@ def test_kl_and_entropy_agree_with_an_exact_enumeration(policy, reference):
     assert abs(row["kl"] - kl) < 4 * row["kl_stderr"] < 0.2 * kl
     assert abs(kl - reverse) > 8 * row["kl_stderr"]  # so that the wrong direction would be noticed
     assert abs(row["entropy"] - entropy) < 4 * row["entropy_stderr"] < 0.1 * entropy
+
+
+@pytest.mark.parametrize("t", [0.3, 2.0])
+def test_at_another_temperature_kl_and_entropy_are_those_of_what_was_sampled_from(policy, reference, t):
+    p, q = answers(policy, t), answers(reference)
+
+    def kl_to(q):
+        return sum(math.exp(p[y]) * (p[y] - q[y]) for y in p)
+
+    samples = sample_text(policy, LETTERS, [PROMPT] * 6000, 2, temperature=t, seed=0)
+    row = summary(measure(samples, sequence_logprobs(policy, samples, t), sequence_logprobs(reference, samples)))
+    entropy = -sum(math.exp(p[y]) * p[y] for y in p)
+    assert abs(row["kl"] - kl_to(q)) < 4 * row["kl_stderr"]
+    assert abs(row["entropy"] - entropy) < 4 * row["entropy_stderr"] + 1e-4
+    # what would be measured with one of the temperatures forgotten, or given to the reference too, is far from that
+    forgotten = answers(policy)
+    assert abs(sum(math.exp(p[y]) * (forgotten[y] - q[y]) for y in p) - kl_to(q)) > 8 * row["kl_stderr"]
+    assert abs(kl_to(answers(reference, t)) - kl_to(q)) > 8 * row["kl_stderr"]
+    assert abs(-sum(math.exp(p[y]) * forgotten[y] for y in p) - entropy) > 8 * row["entropy_stderr"]
 
 
 def test_kl_of_a_policy_to_itself_is_exactly_0(policy):
@@ -140,6 +160,61 @@ def test_the_table_shows_means_with_errors_and_shares_in_percent():
     assert "1.25 ± 0.12" in line and "50.0 ± 25.0%" in line
 
 
+def test_a_row_without_a_column_has_an_empty_cell_and_a_bound_is_no_measured_kl():
+    rows = [
+        {"stage": "sft@0", "length": 5.0, "length_stderr": 0.5},
+        {"stage": "sft", "kl": 1.0, "kl_stderr": 0.25, "length": 6.0, "length_stderr": 0.5},
+        {"stage": "sft best of 4", "kl_bound": 0.636, "length": 7.0, "length_stderr": 0.5},
+    ]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(rows).splitlines()]
+    assert cells[0] == ["stage", "kl", "length"]
+    assert [line[1] for line in cells[2:]] == ["", "1.00 ± 0.25", "at most 0.64"]
+    assert table(rows[:1]).splitlines()[0].split() == ["|", "stage", "|", "length", "|"]
+
+
+# ------------------------------------------------------------------------------------------- reading the prompt
+
+
+def test_another_prompt_is_never_the_same_and_of_the_same_family_where_it_has_one():
+    prompts = ["a", "b", "c", "d", "a", "e", "f"]
+    families = ["x", "x", "y", "y", "x", "y", "alone"]
+    for seed in range(20):
+        others = other_prompts(prompts, families, seed)
+        assert others == other_prompts(prompts, families, seed) and len(others) == len(prompts)
+        assert all(prompts[i] != prompts[other] for i, other in enumerate(others))
+        assert all(families[i] == families[other] for i, other in enumerate(others[:6]))
+    assert len({tuple(other_prompts(prompts, families, seed)) for seed in range(20)}) > 1
+
+
+def test_without_families_each_prompt_is_the_other_of_exactly_one():
+    assert sorted(other_prompts(list("abcdefg"), ["null"] * 7)) == list(range(7))
+    with pytest.raises(ValueError, match="all prompts are equal"):
+        other_prompts(["a", "a"], ["null"] * 2)
+
+
+def test_families_are_found_by_the_prompt_and_nothing_after_the_last_one_is_read(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"prompt": "a", "family": "x"}\n{"prompt": "z"}\n{"prompt": "b"}\n{"prompt": "c"}\nbroken\n')
+    assert read_families(str(path), ["a", "b", "a"]) == ['"x"', "null", '"x"']
+
+
+def test_reads_prompt_is_the_share_of_answers_that_score_higher_under_their_own_prompt():
+    """Four answers: two belong to their prompt, one to neither, one to the other."""
+    own, others, said = [[1, 1], [2], [3, 3], [4]], [1, 0, 3, 2], [1, 2, 0, 3]
+    samples = [Example(p + [w], [False] * len(p) + [True], text="abcde"[w]) for p, w in zip(own, said)]
+
+    def by_ids(prompts, answers):
+        return torch.tensor([float(answer.response[0] in answer.prompt) for answer in answers])
+
+    def by_text(prompts, answers):
+        return torch.tensor([float(answer.text in prompt) for prompt, answer in zip(prompts, answers, strict=True)])
+
+    prompts = ["bb", "c", "dd", "e"]
+    assert reads_prompt(by_ids, prompts, samples, others) == reads_prompt(by_text, prompts, samples, others) == 2.5 / 4
+    assert reads_prompt(lambda prompts, answers: torch.arange(4.0), prompts, samples, others) == 0.5
+    assert reads_prompt(lambda prompts, answers: -by_ids(prompts, answers), prompts, samples, others) == 1.5 / 4
+
+
 # ---------------------------------------------------------------------------------------------- the whole command
 
 
@@ -168,7 +243,7 @@ def test_the_report_has_a_row_for_each_policy_with_every_column_and_its_error(tm
     columns = {"gold", "reward", "win_rate", "kl", "entropy", "length", "ended", "distinct"}
     assert [row["stage"] for row in result["rows"]] == ["base", "sft"]
     for row in result["rows"]:
-        assert row.keys() == {"stage"} | columns | {f"{name}_stderr" for name in columns}
+        assert row.keys() == {"stage", "temperature"} | columns | {f"{name}_stderr" for name in columns}
         assert all(isinstance(row[name], float) and math.isfinite(row[name]) for name in columns)
     assert 0 <= result["rm_accuracy"] <= 1 and result["rm_accuracy_ceiling"] is None
     assert result["seconds"] >= 0
@@ -186,6 +261,87 @@ def test_a_kept_copy_is_named_after_its_run_and_its_step(tmp_path, workshop, opt
     out = capsys.readouterr().out
     assert "| ppo/step-10 |" in out and "| ppo         |" in out
     assert "\n  ppo/step-10 " in out and "\n          ppo " in out  # the answers stand below each other
+
+
+JUDGE = """
+def score(prompts, texts):
+    return [sum(c in prompt for c in text) + len(text) / 100 for prompt, text in zip(prompts, texts, strict=True)]
+"""
+
+
+@pytest.fixture
+def asked(workshop, tokenizer):
+    """The ids of the held-out prompts, three times over: what three answers per prompt are sampled from."""
+    prompts = [f"Say {w}!" for w in ("cat", "dog", "sun", "moon", "tree")] * 3
+    return prompts, [tokenizer.prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
+
+
+def test_each_policy_has_a_row_for_each_temperature_with_its_own_kl_and_entropy(
+    tmp_path, workshop, options, asked, tokenizer, capsys
+):
+    result = report(tmp_path, options, policies=[workshop.path("base")], temperature="0,0.5,1")
+    cold, half, plain = result["rows"]
+    assert [row["stage"] for row in result["rows"]] == ["base@0", "base@0.5", "base"]
+    assert [row["temperature"] for row in result["rows"]] == [0, 0.5, 1]
+    assert {"kl", "entropy", "kl_stderr", "entropy_stderr"}.isdisjoint(cold) and "gold" in cold and "win_rate" in cold
+    reference = load_model(workshop.path("sft"))[0]
+    for row, t in ((half, 0.5), (plain, 1.0)):
+        answers = sample_text(load_model(workshop.path("base"))[0], tokenizer, asked[1], 8, temperature=t)
+        sampled = torch.tensor([answer.logprob for answer in answers], dtype=torch.float64)
+        assert row["kl"] == pytest.approx((sampled - sequence_logprobs(reference, answers)).mean().item(), abs=1e-3)
+        assert row["entropy"] == pytest.approx(-sampled.mean().item(), abs=1e-3)
+    assert report(tmp_path, options, policies=[workshop.path("base")])["rows"] == [plain]
+    assert report(tmp_path, options, policies=[workshop.path("base")], temperature="0")["rows"] == [cold]
+    assert "| base@0.5 |" in capsys.readouterr().out
+
+
+def test_best_of_n_is_the_highest_reward_of_every_n_answers_of_the_reference(
+    tmp_path, workshop, options, asked, tokenizer, capsys
+):
+    (tmp_path / "judge.py").write_text(JUDGE)
+    judge = f"{tmp_path / 'judge.py'}:score"
+    rows = report(tmp_path, options, reward=judge, gold=judge, pairs="", best_of=4, temperature="0.5")["rows"]
+    assert [row["stage"] for row in rows] == ["base@0.5", "sft@0.5", "sft best of 4"]
+    prompts, ids = asked
+    answers = sample_text(load_model(workshop.path("sft"))[0], tokenizer, ids * 4, 8, seed=2)
+    scores = evaluate.load_function(judge)(prompts * 4, [answer.text for answer in answers])
+    best = torch.tensor(scores).view(4, -1).max(0).values.mean().item()
+    assert rows[-1]["reward"] == pytest.approx(best) and rows[-1]["gold"] == pytest.approx(best)
+    assert best > torch.tensor(scores).mean().item()
+    assert {"kl", "entropy"}.isdisjoint(rows[-1]) and rows[-1]["temperature"] == 1
+    assert rows[-1]["kl_bound"] == pytest.approx(math.log(4) - 3 / 4)
+    assert "at most 0.64" in capsys.readouterr().out
+
+
+def test_how_often_the_reward_reads_the_prompt_is_in_the_report_and_printed(tmp_path, options, capsys):
+    assert 0 <= report(tmp_path, options)["reads_prompt"] <= 1
+    assert "reads_prompt" not in report(tmp_path, options, reward="", pairs="")
+    capsys.readouterr()
+    (tmp_path / "judge.py").write_text("def score(prompts, texts):\n    return [len(text) for text in texts]\n")
+    blind = report(tmp_path, options, reward=f"{tmp_path / 'judge.py'}:score", pairs="")["reads_prompt"]
+    assert blind == 0.5 and "reads the prompt: 50% (" in capsys.readouterr().out
+
+
+def test_a_single_prompt_has_no_other_one(tmp_path, options):
+    assert "reads_prompt" not in report(tmp_path, options, limit=1)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("a", "numbers separated by commas"),
+        ("", "numbers separated by commas"),
+        ("0,,1", "numbers separated by commas"),
+        ("-1", "0 or at least 1e-6"),
+        ("nan", "0 or at least 1e-6"),
+        ("inf", "finite"),
+        ("1,0.5,1.0", "twice"),
+        ("0,-0", "twice"),
+    ],
+)
+def test_temperatures_that_are_none_are_told_in_one_line(text, message):
+    with pytest.raises(UserError, match=f"--temperature.*{message}"):
+        parse_temperatures(text)
 
 
 def test_the_reference_itself_has_kl_0_and_another_policy_more(tmp_path, options):
@@ -254,13 +410,17 @@ def test_pair_accuracy_is_the_share_of_pairs_ranked_right_and_its_ceiling_the_me
         ({"reward": ""}, "--pairs measures a reward model"),
         ({"samples": 0}, "--samples must be at least 1"),
         ({"limit": 0}, "--limit must be at least 1"),
-        ({"temperature": -1.0}, "--temperature"),
+        ({"temperature": "-1"}, "--temperature"),
         ({"show": -1}, "--show"),
+        ({"temperature": "1,a"}, "--temperature"),
+        ({"best_of": 1}, "--best-of must be at least 2"),
+        ({"best_of": -2}, "--best-of"),
+        ({"reward": "judge.py:f"}, "--pairs measures a reward model"),
         ({"max_new_tokens": 0}, "--max-new-tokens"),
         ({"gold": "nowhere.py:f"}, "no file nowhere.py"),
         ({"prompts": "nowhere.jsonl"}, "no file nowhere.jsonl"),
         ({"max_new_tokens": 48}, "lower --max-new-tokens"),
-        ({"temperature": 1e-30}, "--temperature must be 0 or at least 1e-6"),
+        ({"temperature": "1e-30"}, "--temperature must be 0 or at least 1e-6"),
         ({"pairs": "nowhere.jsonl"}, "no file nowhere.jsonl"),
     ],
 )
@@ -279,6 +439,20 @@ def test_a_probability_that_is_none_is_told_with_its_line(tmp_path, options, lin
     pairs = lines([{**good, "probability": 1}, {**good, "probability": p}])
     with pytest.raises(UserError, match=r"data.jsonl:2: probability must be a number between 0 and 1, not "):
         report(tmp_path, options, pairs=pairs)
+
+
+def test_best_of_n_needs_a_reward(options):
+    with pytest.raises(UserError, match="--best-of .* give --reward"):
+        evaluate.Config(**options | {"reward": "", "pairs": "", "best_of": 4})
+
+
+def test_broken_weights_are_an_error_when_decoding_is_greedy_too(tmp_path, options, tiny, tokenizer):
+    model = tiny(tokenizer.vocab_size)
+    with torch.no_grad():
+        model.ln_f.bias[0] = math.nan
+    save_model(str(tmp_path / "nan"), model, tokenizer, {})
+    with pytest.raises(UserError, match="log-probability is not finite"):
+        report(tmp_path, options, policies=[str(tmp_path / "nan")], temperature="0", pairs="")
 
 
 @pytest.mark.parametrize("judge", [False, True])
