@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from nanopost.checkpoint import atomic
 from nanopost.config import UserError, clean
 from nanopost.records import parse_records
+from nanopost.tools import at
 
 # What matters for each method: (title, metric in training, held-out metric), at most three panels per row.
 PAIR_LOSS = ("loss, nats per pair", "loss", "eval/loss")
@@ -69,7 +70,8 @@ def read_run(folder: str) -> tuple[str, list[dict]] | None:
 def read_report(path: str) -> list[dict] | None:
     """The rows of a report of nanopost evaluate that can be drawn, or None if there are none.
 
-    Raises UserError for what is no number in them."""
+    Greedy answers and best of n have no KL, and no place in the picture. Raises UserError for what is no number
+    in them."""
     if os.path.exists(path) and not os.path.isfile(path):
         return None
     try:
@@ -96,20 +98,27 @@ def series(rows: list[dict], y: str, x: str = "step") -> tuple[list, list]:
     return [x for x, _ in points], [y for _, y in points]
 
 
+def suffix(row: dict) -> str:
+    """What the stage of this row ends with for its temperature; reports of before there were several have none."""
+    return at(1 if row.get("temperature") is None else row["temperature"])
+
+
 def trajectories(rows: list[dict]) -> dict[str, list[dict]]:
     """{run: its rows in the order of training}: "ppo/step-5" and "ppo/step-10" come before "ppo", their end.
 
-    A run with kept copies starts at the reference, at a KL of 0; any other run is a single point.
+    A run with kept copies starts at the reference, at a KL of 0; any other run is a single point. Each temperature has
+    a line of its own, "ppo@0.5", which starts at the reference of that temperature.
     """
     runs = {}
     for row in rows:
-        run, _, step = row["stage"].partition("/step-")
-        runs.setdefault(run, {})[float(step) if step.isdecimal() else math.inf] = row
+        run, _, step = row["stage"].removesuffix(suffix(row)).partition("/step-")
+        runs.setdefault(run + suffix(row), {})[float(step) if step.isdecimal() else math.inf] = row
     runs = {run: [points[step] for step in sorted(points)] for run, points in runs.items()}
-    reference = [row for row in rows if row["kl"] == 0][:1]  # no other model is at exactly 0
+    reference = [row["stage"] for row in rows if row["kl"] == 0][:1]  # no other model is at exactly 0
     for run, points in runs.items():
         if len(points) > 1:
-            runs[run] = [row for row in reference if row not in points] + points
+            start = [stage + suffix(points[0]) for stage in reference]
+            runs[run] = [row for row in rows if row["stage"] in start and row not in points] + points
     return runs
 
 

@@ -164,6 +164,22 @@ def test_without_the_reference_in_the_report_nothing_is_made_up():
     assert trajectories(rows) == {"ppo": rows}
 
 
+def test_each_temperature_has_its_own_line_from_the_reference_of_that_temperature():
+    def at_half(stage, *values):
+        return row(f"{stage}@0.5", *values) | {"temperature": 0.5}
+
+    plain = [row("sft", 0.0, 1.0), row("ppo/step-5", 1.0, 2.0), row("ppo", 2.0, 3.0)]
+    half = [at_half("sft", 0.5, 1.0), at_half("ppo/step-5", 1.5, 2.0), at_half("ppo", 2.5, 3.0)]
+    lines = trajectories([row for both in zip(half, plain) for row in both])
+    assert lines == {"sft@0.5": half[:1], "sft": plain[:1], "ppo@0.5": half, "ppo": plain}
+
+
+def test_rows_without_a_kl_are_not_in_the_picture(tmp_path):
+    greedy = {"stage": "sft@0", "temperature": 0.0, "gold": 4.0}
+    best = {"stage": "sft best of 4", "temperature": 1.0, "gold": 3.0, "kl_bound": 0.6}
+    assert read_report(write_report(tmp_path / "x.json", [greedy, *ROWS, best])) == ROWS
+
+
 def test_a_folder_called_step_something_is_no_kept_copy():
     assert list(trajectories([row("ppo/step-final", 1.0, 2.0)])) == ["ppo"]
 
