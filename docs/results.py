@@ -81,6 +81,8 @@ Python {Python}, torch {torch}; seeds {seeds}. Another machine rounds differentl
 LEGEND = """\
 - STAGE.COLUMN: the tables above, seed 0; seedN.STAGE.COLUMN: another seed; STAGE.way: how much of the way from the SFT
   model's gold reward to the best possible; quickstart.cpu_minutes: processor time on one thread, mean over the seeds
+- sft-at-0.5: the SFT model at temperature 0.5; sft-best-of-4: the best of 4 of its answers by the reward model's score;
+  rm.reads_prompt: how often that score is higher under an answer's own prompt than under another of its family
 - greedy.STAGE.COLUMN: at temperature 0; best4, best16, rest1, rest2: best of n, and one and two rounds of ReST
 - RUN.METRIC.first, last, most: what the runs of seed 0 logged; ppo.first_ratio, ppo.first_approxkl: in the first
   minibatch of an iteration, the value farthest from 1 and from 0; value-coef: PPO with `--value-coef 0.1`

@@ -68,14 +68,23 @@ def values(row: dict) -> dict[str, str]:
 
 
 def report_table(rows: dict[str, dict], *columns: str) -> str:
-    """Mean ± standard error."""
+    """Mean ± standard error. Greedy answers and best of n have no KL, the latter a bound on it."""
 
     def cell(row, column):
         write = COLUMNS[column][1]
+        if column == "kl" and "kl_bound" in row:
+            return f"at most {write(row['kl_bound'])}"
+        if column not in row:
+            return ""
         return f"{write(row[column]).removesuffix('%')} ± {write(row[column + '_stderr'])}"
 
     lines = [[stage, *(cell(row, column) for column in columns)] for stage, row in rows.items()]
     return table(["stage", *(COLUMNS[column][0] for column in columns)], *lines)
+
+
+def number_name(stage: str) -> str:
+    """A stage as the names of its numbers begin: sft@0 -> sft-at-0, sft best of 4 -> sft-best-of-4."""
+    return stage.replace("@", "-at-").replace(" ", "-")
 
 
 def read_report(folder: Path) -> tuple[dict, dict[str, dict]]:
@@ -102,12 +111,16 @@ def pipeline(page: Page, out: Path, stamps: dict):
     number, lines = page.numbers, []
     for seed in seeds:
         report, rows = read_report(out / seed)
-        found = {f"{stage}.{column}": value for stage, row in rows.items() for column, value in values(row).items()}
+        found = {}
+        for stage, row in rows.items():
+            found |= {f"{number_name(stage)}.{column}": value for column, value in values(row).items()}
         start, best = rows["sft"]["gold"], report["gold_max"]
         for stage in ("dpo", "ppo"):
             found[f"{stage}.way"] = percent((rows[stage]["gold"] - start) / (best - start))
         found["rm.accuracy"] = percent(report["rm_accuracy"], 1)
         found["rm.ceiling"] = percent(report["rm_accuracy_ceiling"], 1)
+        if "reads_prompt" in report:
+            found["rm.reads_prompt"] = percent(report["reads_prompt"])
         prefix = "" if seed == "seed0" else f"{seed}."
         number |= {prefix + name: value for name, value in found.items()}
         gold = [found[f"{stage}.gold"] for stage in ("sft", "dpo", "ppo", "ppo-beta0")]
@@ -166,7 +179,8 @@ def best_of_n(page: Page, out: Path):
     for stage, row in read_report(out / "rest")[1].items():
         number |= {f"{stage}.{column}": value for column, value in values(row).items()}
     for stage, row in read_report(out / "greedy")[1].items():
-        number |= {f"greedy.{stage}.{column}": values(row)[column] for column in ("gold", "reward", "win_rate")}
+        name = f"greedy.{stage.removesuffix('@0')}"
+        number |= {f"{name}.{column}": values(row)[column] for column in ("gold", "reward", "win_rate")}
     titles = {
         "sft": "SFT",
         "greedy.sft": "SFT, greedy (temperature 0)",

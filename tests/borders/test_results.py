@@ -170,3 +170,20 @@ def test_check_runs_nothing_and_names_the_line_that_differs(tmp_path, monkeypatc
     with pytest.raises(UserError, match=r"README\.md:3: ppo\.gold is 4\.09 in results\.md, not 4\.10"):
         results.main(config)
     assert "4.10" in (tmp_path / "README.md").read_text()
+
+
+def test_rows_without_a_kl_have_an_empty_cell_or_a_bound_in_the_tables():
+    rows = {
+        "sft@0": {"gold": 4.0, "gold_stderr": 0.1},
+        "sft": {"gold": 1.0, "gold_stderr": 0.1, "kl": 0.0, "kl_stderr": 0.0},
+        "sft best of 4": {"gold": 3.0, "gold_stderr": 0.1, "kl_bound": 0.636},
+    }
+    lines = tables.report_table(rows, "gold", "kl").splitlines()
+    assert [line.split("|")[3].strip() for line in lines[2:]] == ["", "0.00 ± 0.00", "at most 0.64"]
+    assert "kl" not in tables.values(rows["sft@0"]) and "kl" not in tables.values(rows["sft best of 4"])
+
+
+@pytest.mark.parametrize("stage", ["sft@0", "sft@0.5", "sft best of 4", "ppo-beta0"])
+def test_the_numbers_of_every_row_have_names_that_documents_can_quote(stage):
+    name = f"{tables.number_name(stage)}.gold"
+    assert quotes.fill(f"1<!--{name}-->", quotes.Results({name: "2"})) == f"2<!--{name}-->"
