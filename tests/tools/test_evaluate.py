@@ -322,6 +322,20 @@ def test_how_often_the_reward_reads_the_prompt_is_in_the_report_and_printed(tmp_
     assert blind == 0.5 and "reads the prompt: 50% (" in capsys.readouterr().out
 
 
+def test_the_answers_of_the_reference_are_graded_under_another_prompt_of_the_file(
+    tmp_path, workshop, options, asked, tokenizer
+):
+    (tmp_path / "judge.py").write_text(JUDGE)
+    judge = f"{tmp_path / 'judge.py'}:score"
+    prompts, ids = asked
+    others = other_prompts(prompts[:5], ["null"] * 5, seed=0)
+    texts = [a.text for a in sample_text(load_model(workshop.path("sft"))[0], tokenizer, ids, 8, seed=1)]
+    score = evaluate.load_function(judge)
+    own, other = score(prompts, texts), score([prompts[i] for i in others] * 3, texts)
+    expected = statistics.fmean((a > b) + 0.5 * (a == b) for a, b in zip(own, other))
+    assert report(tmp_path, options, reward=judge, pairs="")["reads_prompt"] == pytest.approx(expected) != 0.5
+
+
 def test_a_single_prompt_has_no_other_one(tmp_path, options):
     assert "reads_prompt" not in report(tmp_path, options, limit=1)
 
