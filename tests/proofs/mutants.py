@@ -512,13 +512,14 @@ DATA = {
 
 MODEL = {
     "nanopost.model.token_nll": [
-        ("no temperature", "upcast(logits) / temperature", "upcast(logits)"),
-        ("the temperature upside down", "upcast(logits) / temperature", "upcast(logits) * temperature"),
-        ("the softmax twice", "upcast(logits) / temperature", "(upcast(logits) / temperature).softmax(-1)"),
+        ("no temperature", "= logits / temperature", "= logits"),
+        ("the temperature upside down", "= logits / temperature", "= logits * temperature"),
+        ("the softmax twice", "F.cross_entropy(logits,", "F.cross_entropy(logits.softmax(-1),"),
         ("half precision in the softmax", "upcast(logits)", "logits"),
+        ("the temperature only where it is 1", "temperature != 1", "temperature == 1"),
         (
             "the logit instead of its log-probability",
-            'F.cross_entropy(upcast(logits) / temperature, targets, reduction="none")',
+            'F.cross_entropy(logits, targets, reduction="none")',
             "-logits.gather(1, targets[:, None])[:, 0] / temperature",
         ),
     ],
