@@ -346,7 +346,7 @@ def mutated(rng) -> tuple:
     lines = [*[good] * before, line, *[good] * rng.randrange(3)]
     content = b"\n".join(x if isinstance(x, bytes) else x.encode() for x in lines)
     command, option = place.split()
-    return command, f"{option} FILE", content, "FILE:"
+    return command, f"{option} FILE", content, "FILE"
 
 
 def test_numbers_that_are_none_and_mutated_files_are_told_in_one_line(commands, rng, times):
