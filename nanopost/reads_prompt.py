@@ -18,14 +18,15 @@ def wins(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     return 0.5 + 0.5 * (ours.float() - theirs.float()).sign()  # in fp32 differences by rounding are ties
 
 
-def read_families(path: str, prompts: list) -> list[str]:
-    """The `family` of each prompt in its file, as JSON: null for all of them where the file has none."""
+def read_families(path: str, prompts: list) -> list[str | None]:
+    """The `family` of each prompt in its file; None where that is missing, or no text."""
     wanted, families = {json.dumps(prompt) for prompt in prompts}, {}
     for _, record in read_records(path):
         if len(families) == len(wanted):  # nothing after the last prompt is read
             break
         if (prompt := json.dumps(record.get("prompt"))) in wanted:
-            families.setdefault(prompt, json.dumps(record.get("family")))
+            family = record.get("family")
+            families.setdefault(prompt, family if isinstance(family, str) else None)
     return [families[json.dumps(prompt)] for prompt in prompts]
 
 

@@ -195,7 +195,7 @@ def test_without_families_each_prompt_is_the_other_of_exactly_one():
 def test_families_are_found_by_the_prompt_and_nothing_after_the_last_one_is_read(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text('{"prompt": "a", "family": "x"}\n{"prompt": "z"}\n{"prompt": "b"}\n{"prompt": "c"}\nbroken\n')
-    assert read_families(str(path), ["a", "b", "a"]) == ['"x"', "null", '"x"']
+    assert read_families(str(path), ["a", "b", "a"]) == ["x", None, "x"]
 
 
 def test_reads_prompt_is_the_share_of_answers_that_score_higher_under_their_own_prompt():
