@@ -240,6 +240,8 @@ def main(config: Config):
     def add(folder, stage, temperature, answers, logprobs=None, reference_logprobs=None, **more):
         rewards = judge(prompts, answers) if judge else None
         values = measure(answers, logprobs, reference_logprobs, rewards, grade(answers), reference_gold)
+        if temperature == 0:
+            values["distinct"] *= config.samples  # each prompt has got the same answer that often
         check_finite(answers, values, " or ".join(filter(None, (folder, config.reference, config.reward))))
         measured.append((stage, answers, values))
         row = {"stage": stage, "temperature": temperature, **summary(values, config.samples), **more}

@@ -516,7 +516,6 @@ MODEL = {
         ("the temperature upside down", "= logits / temperature", "= logits * temperature"),
         ("the softmax twice", "F.cross_entropy(logits,", "F.cross_entropy(logits.softmax(-1),"),
         ("half precision in the softmax", "upcast(logits)", "logits"),
-        ("the temperature only where it is 1", "temperature != 1", "temperature == 1"),
         (
             "the logit instead of its log-probability",
             'F.cross_entropy(logits, targets, reduction="none")',

@@ -637,3 +637,11 @@ def test_the_standard_error_is_that_of_independent_prompts_not_of_their_answers(
     """Two prompts, three answers each, all alike within a prompt: the values 0 and 1 have a standard error of 1/2."""
     row = summary({"gold": torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)}, samples=3)
     assert row == {"gold": pytest.approx(0.5), "gold_stderr": pytest.approx(0.5)}
+
+
+def test_greedy_answers_are_as_distinct_however_often_they_are_decoded(tmp_path, options):
+    shares = []
+    for samples in (1, 3):
+        rows = report(tmp_path, options, temperature="0", samples=samples, pairs="")["rows"]
+        shares.append([row["distinct"] for row in rows])
+    assert shares[0] == pytest.approx(shares[1]) and max(shares[0]) > 0.5
