@@ -424,6 +424,11 @@ def test_what_would_be_taken_without_a_word_is_refused_with_what_it_may_be(wrong
     refused(lambda: workshop.config("sft", **{"out": tmp_path / "out", **wrong}), f"--{next(iter(wrong))} must ")
 
 
+@pytest.mark.parametrize("script", ["sft", "rm", "dpo"])
+def test_a_warmup_is_a_share_of_the_steps(script, workshop, tmp_path):
+    refused(lambda: workshop.config(script, tmp_path / "out", warmup=1.5), "--warmup must be ")
+
+
 def test_control_characters_are_written_out_and_all_other_text_stays():
     assert clean("a\x1b[2J\x9b\x07b\rc\x7f\u202ed\ud800") == r"a\x1b[2J\x9b\x07b\rc\x7f\u202ed\ud800"
     for text in ("é 漢字 👩‍👩‍👧 \u00a0", "two\nlines and a\ttab", "\\x1b"):
