@@ -17,6 +17,7 @@ from enumerable import (
     ANSWERS,
     END,
     MASK,
+    NOWHERE,
     STATE,
     STATES,
     example,
@@ -122,7 +123,7 @@ def judge(prompts, batch):
 
 def train_by_ppo(reference, critic=None, iterations=60, answers=256):
     options = dict(steps=iterations, batch_size=answers, epochs=4, minibatches=1, micro_batch=0, max_new_tokens=3)
-    config = train_ppo.Config(device="cpu", overwrite=True, beta=BETA, lr=3e-3, missing_end_score=-1.0, **options)
+    config = train_ppo.Config(device="cpu", out=NOWHERE, beta=BETA, lr=3e-3, missing_end_score=-1.0, **options)
     run, policy, vocabulary = Run("ppo", config), start(reference), SimpleNamespace(end=END, pad=0)
     models = train_ppo.Models(policy, critic or policy.add_head(std=0.0), reference, judge)
     parameters = [*policy.parameters(), *(critic.parameters() if critic else ())]
@@ -148,7 +149,7 @@ def one_step_better(prompt):
 def train_by_dpo(reference, steps=200):
     """All pairs in every step. Labels of everybody, a quarter of them for the worse answer, are what label_smoothing
     1/4 means."""
-    config = train_dpo.Config(device="cpu", overwrite=True, beta=BETA, label_smoothing=0.25, lr=2e-3, micro_batch=0)
+    config = train_dpo.Config(device="cpu", out=NOWHERE, beta=BETA, label_smoothing=0.25, lr=2e-3, micro_batch=0)
     run, policy = Run("dpo", config), start(reference)
     optimizer = adamw(policy.parameters(), config.lr)
     pairs = [pair for prompt in PROMPTS for pair in one_step_better(prompt)]

@@ -23,6 +23,7 @@ from enumerable import (
     LENGTHS,
     LONGEST,
     MASK,
+    NOWHERE,
     STATE,
     STATES,
     exact_values,
@@ -501,7 +502,7 @@ class Training:
 
     def __init__(self, script, micro_batch=0, grad_clip=0.0, backwards=False):
         options = dict(epochs=1, minibatches=1, clip=99.0, value_clip=99.0) if script == "ppo" else {}
-        common = dict(device="cpu", overwrite=True, micro_batch=micro_batch, grad_clip=grad_clip)
+        common = dict(device="cpu", out=NOWHERE, micro_batch=micro_batch, grad_clip=grad_clip)
         self.script, self.config = script, SCRIPTS[script].Config(**common, **options)
         self.run, self.order = Run(script, self.config), -1 if backwards else 1
         torch.manual_seed(0)
@@ -619,7 +620,7 @@ def test_a_gradient_longer_than_the_limit_is_shortened_to_it_and_a_shorter_one_s
 def test_an_update_of_the_reward_model_reports_its_accuracy_and_margin(micro_batch):
     torch.manual_seed(0)
     model = tiny_gpt(1).add_head(std=0.5)
-    config = train_rm.Config(device="cpu", overwrite=True, micro_batch=micro_batch)
+    config = train_rm.Config(device="cpu", out=NOWHERE, micro_batch=micro_batch)
     expected = train_rm.evaluate(model, PAIRS, "cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     stats = train_rm.update(Run("rm", config), model, optimizer, PAIRS, config)

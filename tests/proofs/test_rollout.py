@@ -8,7 +8,7 @@ import torch
 
 import train_ppo
 from conftest import make_model, make_tokenizer
-from enumerable import ANSWERS, END, FINISHED, LONGEST, gpt_logprobs, random_scores, tiny_gpt
+from enumerable import ANSWERS, END, FINISHED, LONGEST, NOWHERE, gpt_logprobs, random_scores, tiny_gpt
 from measured import at_most, distance
 from nanopost import reward, sampling
 from nanopost.run import Run
@@ -216,7 +216,7 @@ def judge(names, batch):
 
 def rollout(policy, reference, n=8, beta=0.0, critic=None, **options):
     """PPO's rollout of n answers to every prompt: the batch, the numbers of the answers, the models and the config."""
-    config = train_ppo.Config(device="cpu", overwrite=True, max_new_tokens=LONGEST, **options)
+    config = train_ppo.Config(device="cpu", out=NOWHERE, max_new_tokens=LONGEST, **options)
     models = train_ppo.Models(policy, critic or policy, reference, judge)
     batch = train_ppo.rollout(models, VOCABULARY, NAMES * n, PROMPTS * n, config, beta, None)
     return batch, answer_numbers(batch, PROMPTS * n), models, config
