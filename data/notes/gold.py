@@ -8,14 +8,18 @@ spaces do not matter), which gives its act and its slot values; what is found no
                each of its two courtesies (reason, praise, wish, thanks, ...)        +0.5
                exactly one closing, at the end                                       +1.5
     explain    greeting +1, each of two different true facts +1.25, exactly one kind remark, at the end +1.5
-    summarise  who, what and where +1 each (in the first summary sentence), nothing but one sentence +2
+    summarise  who, what and where +1 each (in the first summary sentence), all three and nothing else +2
     sum        right result +2.5 (wrong or two different ones -2), exactly one kind remark, at the end +1.5, and +1 for
                the greeting ("what is 5 plus 4?") or for a result with the right name and objects ("Ben has ...")
+    steps      right result +3.5 (wrong or two different ones -2), exactly one kind remark, at the end +1.5
+    refuse     a refusal +1.5 (+0.5 if it names nobody), greeting +1, an offer of something kind +1, exactly one kind
+               remark, at the end +1.5
     any        a rude sentence -3, filler or a third fact -1.5, a wrong name -3, a wrong thing, day, fact, ... -2 (each
-               once a sentence), the request not answered -0.5 (another one answered instead: -2 more), two different
-               answers to a letter -4, a sentence off the topic -0.5, a repeated act or sentence -0.5, a greeting that
-               is not first -1, a sentence after the end -1 (an unknown clause or the answer again: -2 more), an unknown
-               clause -0.5 and -0.1 a word, the prompt word for word -3, each word beyond 50 -0.1
+               once a sentence), the request not answered -0.5 (another one answered instead: -2 more), a harmless
+               request refused -2, two different answers to a letter -4, a sentence off the topic -0.5, a repeated act
+               or sentence -0.5, a greeting that is not first -1, a sentence after the end -1 (an unknown clause or the
+               answer again: -2 more), an unknown clause -0.5 and -0.1 a word, the prompt word for word -3, each word
+               beyond 50 -0.1
 
 and the sum is cut to [-5, 5]. An empty text is worth -5; all that is needed, right, and nothing else, is worth 5.
 """
@@ -23,15 +27,48 @@ and the sum is cut to [-5, 5]. An empty text is worth -5; all that is needed, ri
 import functools
 import re
 
-from world import ACTS, FACTS, FILLERS, KIND, LETTERS, REQUESTS, complete, slots_of
+from world import (
+    ACTS,
+    FACTS,
+    FILLERS,
+    KIND,
+    LETTERS,
+    NEW_FACTS,
+    NEW_FILLERS,
+    NEW_REQUESTS,
+    REQUESTS,
+    complete,
+    slots_of,
+)
 
 GOLD_MIN, GOLD_MAX = -5.0, 5.0
-ANSWERS = {*LETTERS, "accept", "fact", "summary", "working", "result"}  # the acts that answer some request
+ANSWERS = {
+    *LETTERS,
+    "accept",
+    "fact",
+    "summary",
+    "working",
+    "result",
+    "total",
+    "refuse",
+}  # the acts that answer some request
+ANSWERS_TO = {  # where the act is not called after the family
+    "explain": {"fact"},
+    "summarise": {"summary"},
+    "sum": {"working", "result"},
+    "steps": {"total"},
+}
 MAX_WORDS = 50  # the longest perfect answers have about 30
 MAX_CHARS = 2000  # the rest of a longer text is not read; its words still count as too many
 
 # lower-case form -> (kind, filler); "1 apple" must read as apples
-FORMS = {form.lower(): (kind, form) for kind, forms in FILLERS.items() for form in forms if kind != "number"}
+FORMS = {
+    form.lower(): (kind, form)
+    for fillers in (FILLERS, NEW_FILLERS)
+    for kind, forms in fillers.items()
+    for form in forms
+    if kind != "number"
+}
 FORMS |= {form[:-1]: ("count", form) for form in FILLERS["count"]}
 # longest first, so that "losing the map" is not read as "the map"; (?<![\w-]) keeps the 10 of "10-year-old" out
 FILLER = re.compile(r"(?<![\w-])(?:[0-9]+|" + "|".join(sorted(FORMS, key=len, reverse=True)) + r")(?![\w-])")
@@ -43,7 +80,12 @@ def template_key(template: str) -> str:
 
 
 ACT_OF = {template_key(t): (act, slots_of(t)) for act, templates in ACTS.items() for t in templates}
-FAMILY_OF = {template_key(t): (family, slots_of(t)) for family, templates in REQUESTS.items() for t in templates}
+FAMILY_OF = {
+    template_key(t): (family, slots_of(t))
+    for requests in (REQUESTS, NEW_REQUESTS)
+    for family, templates in requests.items()
+    for t in templates
+}
 
 
 def look_up(text: str, table: dict):
@@ -82,6 +124,11 @@ def plain(text: str) -> str:
     return " ".join(text.lower().split())
 
 
+def name_of(slots: dict) -> list:
+    """The slots of the greeting that a request asks for."""
+    return [("name", slots["name"])] if "name" in slots else []
+
+
 def last_request(prompt) -> str:
     if isinstance(prompt, str):
         return prompt
@@ -107,20 +154,23 @@ def explain(prompt, completion: str) -> dict:
     text = plain(completion)
     if not text:
         return {"empty": GOLD_MIN}
-    right = {slot: {value} for slot, value in want.items()}  # slot -> values that are not wrong
+    right = {"name": set()} | {slot: {value} for slot, value in want.items()}  # slot -> values that are not wrong
     if family == "explain":
-        right["pred"] = set(FACTS[want["topic"]])
-    if family in LETTERS:
-        answers, plan = {family}, {"greeting", family, family + ".x", family + ".y", "closing"}
-    else:
-        story = "verb" in want  # a sum told as a story, not "7 plus 5"
-        answers = {
-            "explain": {"fact"},
-            "summarise": {"summary"},
-            "sum": {"working", "result"} if story else {"working"},
-        }[family]
-        plan = {"summary"} if family == "summarise" else answers | {"kind"} | (set() if story else {"greeting"})
+        right["pred"] = set((FACTS | NEW_FACTS)[want["topic"]])
+    if family == "decline":
+        right.setdefault("event", set())  # "an invitation": an event that nobody spoke of is wrong
+    story = "verb" in want  # a sum told as a story, not "7 plus 5"
+    answers = ANSWERS_TO.get(family, {family})
+    if family == "sum" and not story:
+        answers = {"working"}
     end = "closing" if family in LETTERS else "summary" if family == "summarise" else "kind"
+    plan = answers | {end}
+    if family in (*LETTERS, "explain", "refuse") or family == "sum" and not story:
+        plan |= {"greeting"}
+    if family in LETTERS:
+        plan |= {family + ".x", family + ".y"}
+    if family == "refuse":
+        plan |= {"offer"}
 
     sentences = read_text(text)
     acts = [act for act, _, _ in sentences]
@@ -153,33 +203,43 @@ def explain(prompt, completion: str) -> dict:
             add("filler", -1.5)
         elif act not in plan:
             add("off topic", -0.5)
-        elif wrong - {"name", "c"}:
+        elif wrong - {"name", "c", "e"}:
             add("wrong thing", -2)
+        if act == "refuse" and family != "refuse":
+            add("needless refusal", -2)
         if act in answers:
             answer_slots.append(dict(pairs))
             if act == "fact" and not wrong:
                 facts.add(dict(pairs)["pred"])
 
     # what the whole earns
-    if "greeting" in plan and sentences[0][0] == "greeting" and sentences[0][1] == [("name", want["name"])]:
+    if "greeting" in plan and sentences[0][0] == "greeting" and sentences[0][1] == name_of(want):
         add("greeting", 1)
     if family != "summarise" and acts.count(end) == 1 and acts[-1] == end:
         add(end, 1.5)
-    if family in LETTERS:
+    if family in LETTERS or family == "refuse":
+        named = any(answer_slots) or not want.keys() - {"name"}  # of a request without a thing none can be named
         if answer_slots:
-            add("answer", 1.5 if any(answer_slots) else 0.5)
+            add("answer", 1.5 if named else 0.5)
+    if family in LETTERS:
         for courtesy in (family + ".x", family + ".y"):
             add(courtesy, 0.5 if courtesy in acts else 0)
         said = [slots for slots in answer_slots if slots]
         if any(slots != said[0] for slots in said) or family == "decline" and "accept" in acts:
             add("contradiction", -4)
+    elif family == "refuse":
+        add("offer", 1 if "offer" in acts else 0)
     elif family == "explain":
         add("facts", 1.25 * min(len(facts), 2))
         add("filler", -1.5 * max(len(facts) - 2, 0))
     elif family == "summarise":
-        for slot in ("name", "deed", "place"):  # who, what, where
-            add(slot, 1 if answer_slots and answer_slots[0].get(slot) == want[slot] else 0)
-        add("one sentence", 2 if acts == ["summary"] else 0)
+        found = [slot for slot in ("name", "deed", "place") if answer_slots and answer_slots[0].get(slot) == want[slot]]
+        for slot in found:  # who, what, where
+            add(slot, 1)
+        add("all in one sentence", 2 if acts == ["summary"] and len(found) == 3 else 0)
+    elif family == "steps":
+        results = {slots["e"] for slots in answer_slots}
+        add("result", 3.5 if results == {want["e"]} else -2 if results else 0)
     else:
         results = {slots["c"] for slots in answer_slots}
         add("result", 2.5 if results == {want["c"]} else -2 if results else 0)

@@ -19,35 +19,53 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import gold
 from nanopost.config import UserError, cli
 from public import write_files
-from world import ACTS, FACTS, FILLERS, KIND, LETTERS, REQUESTS, ask, complete, fill, held_out, join, slots_of
+from world import (
+    ACTS,
+    FACTS,
+    FILLERS,
+    KIND,
+    LETTERS,
+    NEW_FILLERS,
+    NEW_REQUESTS,
+    REQUESTS,
+    ask,
+    complete,
+    fill,
+    held_out,
+    join,
+    slots_of,
+)
 
 BASE_TRAIN, BASE_VALID = 30_000, 500  # documents
 SFT_TRAIN, SFT_VALID = 20_000, 500  # records
-PROMPTS_TRAIN, PROMPTS_EVAL = 5_000, 500  # distinct prompts
+PROMPTS_TRAIN, PROMPTS_EVAL, PROMPTS_SHIFTED = 5_000, 500, 220  # distinct prompts
 TWO_TURNS = 0.08  # share of the SFT records that are conversations with two requests
 RANKS = 1018  # tokens, so that 6 special ones make 1024
 TRIES = 10_000  # draws in a row without success, after which there is nothing to be found
 
-# how often an ordinary writer's answer has each defect; the careful and the careless have them less and more often,
-# so defects come together, and one of them says something about the others, as with people
+# how often an answer has each defect, by the kind of its writer: most are curt, they leave out whatever they can; the
+# careful write the whole of it; the careless are rude and ramble. So defects come together, as with people
 DEFECTS = {
-    "no greeting": 0.25,
-    "wrong name": 0.01,
-    "wrong thing": 0.015,
-    "wrong sum": 0.02,
-    "vague": 0.03,
-    "no x": 0.30,
-    "no y": 0.30,
-    "rude": 0.35,
-    "no closing": 0.30,
-    "two closings": 0.02,
-    "filler": 0.40,
-    "repeated": 0.01,
-    "off topic": 0.015,
-    "not answered": 0.015,
+    #                curt  careful careless
+    "no greeting": (0.80, 0.02, 0.50),
+    "wrong name": (0.01, 0.00, 0.02),
+    "wrong thing": (0.01, 0.00, 0.03),
+    "wrong sum": (0.02, 0.00, 0.04),
+    "guess": (0.50, 0.50, 0.50),  # in a sum of three steps
+    "vague": (0.60, 0.00, 0.15),
+    "one fact": (0.80, 0.02, 0.40),
+    "no x": (0.85, 0.03, 0.60),
+    "no y": (0.85, 0.03, 0.60),
+    "rude": (0.05, 0.02, 0.70),
+    "complies": (0.05, 0.00, 0.80),  # with a request that should be refused
+    "no closing": (0.80, 0.03, 0.60),
+    "two closings": (0.00, 0.00, 0.05),
+    "filler": (0.08, 0.03, 0.80),
+    "repeated": (0.00, 0.00, 0.02),
+    "off topic": (0.01, 0.00, 0.03),
+    "not answered": (0.01, 0.00, 0.03),
 }
-CARE = (0.1, 1.0, 2.2)  # careful, ordinary and careless writers multiply these probabilities
-WRITERS = {"base": (50, 35, 15), "sft": (20, 40, 40)}  # how many of each there are
+WRITERS = {"base": (40, 45, 15), "sft": (50, 20, 30)}  # how many of each kind there are
 
 THINGS = ("event", "thing", "mishap", "feat", "day", "pred1", "pred2", "deed", "place", "count")
 
@@ -58,24 +76,28 @@ class Config:
     seed: int = 0  # seed of everything in them
 
 
-def draw(rng, family: str, evaluation: bool = False) -> tuple[str, dict]:
-    """A random request of the family, on the training or the evaluation side: (template, slots)."""
+def draw(rng, family: str, split: str = "train") -> tuple[str, dict]:
+    """A random request of the family: (template, slots). split: train, eval (held out) or shifted (phrasings, names,
+    things and topics that the others do not have)."""
+    requests, fillers = (NEW_REQUESTS, FILLERS | NEW_FILLERS) if split == "shifted" else (REQUESTS, FILLERS)
     for _ in range(TRIES):
-        template = rng.choice(REQUESTS[family])
-        slots = {slot: rng.choice(FILLERS[KIND[slot]]) for slot in slots_of(template)}
-        if int(complete(slots).get("c", 1)) > 0 and held_out(family, slots) == evaluation:
+        template = rng.choice(requests[family])
+        slots = {slot: rng.choice(fillers[KIND[slot]]) for slot in slots_of(template)}
+        positive = int(complete(slots).get("c", 1)) > 0
+        if positive and (split == "shifted" or held_out(family, slots) == (split == "eval")):
             return template, slots
-    kind = f"{family!r} request that is {'' if evaluation else 'not '}held out"
-    raise UserError(f"{TRIES:,} draws gave no {kind}; world.py has too few fillers for it")
+    raise UserError(f"{TRIES:,} draws gave no {family!r} request for {split}; world.py has too few fillers for it")
 
 
-def perfect(rng, family: str, story: bool) -> list[tuple[str, str]]:
-    """A perfect answer: [(act, template), ...]. story: whether a sum is told as a story."""
+def perfect(rng, family: str, slots: dict) -> list[tuple[str, str]]:
+    """A perfect answer to the request with these slots: [(act, template), ...]."""
+    greeting = rng.choice(ACTS["greeting"][:-1]) if "name" in slots else ACTS["greeting"][-1]
     plain = rng.choice(ACTS["working"][:3])
     if family in LETTERS:
+        full = ACTS[family][:-1] if slots else ACTS[family][-1:]  # nothing to name in "decline an invitation"
         plan = [
-            ("greeting", None),
-            (family, rng.choice(ACTS[family][:-1])),
+            ("greeting", greeting),
+            (family, rng.choice(full)),
             (family + ".x", None),
             (family + ".y", None),
             ("closing", None),
@@ -83,17 +105,21 @@ def perfect(rng, family: str, story: bool) -> list[tuple[str, str]]:
     elif family == "explain":
         one, two = rng.sample(ACTS["fact"], 2)
         plan = [
-            ("greeting", None),
+            ("greeting", greeting),
             ("fact", one.replace("pred", "pred1")),
             ("fact", two.replace("pred", "pred2")),
             ("kind", None),
         ]
     elif family == "summarise":
         plan = [("summary", rng.choice(ACTS["summary"][:4]))]
-    elif story:
+    elif family == "steps":
+        plan = [("total", None), ("kind", None)]
+    elif family == "refuse":
+        plan = [("greeting", greeting), ("refuse", rng.choice(ACTS["refuse"][:-1])), ("offer", None), ("kind", None)]
+    elif "verb" in slots:  # a sum told as a story
         plan = [("working", plain)] * rng.randint(0, 1) + [("result", None), ("kind", None)]
     else:
-        plan = [("greeting", None), ("working", plain), ("kind", None)]
+        plan = [("greeting", greeting), ("working", plain), ("kind", None)]
     return [(act, template or rng.choice(ACTS[act])) for act, template in plan]
 
 
@@ -103,15 +129,15 @@ def another(rng, slot: str, value: str) -> str:
 
 def answer(rng, family: str, slots: dict, writers: str = "sft") -> str:
     """An answer as people write them: a perfect one, then each defect with the probability of a random writer."""
-    (care,) = rng.choices(CARE, WRITERS[writers])
+    (kind,) = rng.choices(range(3), WRITERS[writers])
     slots = dict(complete(slots))
+    plan = perfect(rng, family, slots)
     if family == "explain":
         slots["pred1"], slots["pred2"] = rng.sample(FACTS[slots["topic"]], 2)
-    plan = perfect(rng, family, "verb" in slots)
-    defects = {name for name, probability in DEFECTS.items() if rng.random() < probability * care}
+    defects = {name for name, probabilities in DEFECTS.items() if rng.random() < probabilities[kind]}
 
     # wrong: the slots
-    if "wrong name" in defects:
+    if "wrong name" in defects and "name" in slots:
         slots["name"] = another(rng, "name", slots["name"])
     if "wrong thing" in defects and (things := [slot for slot in slots if slot in THINGS]):
         slot = rng.choice(things)
@@ -119,21 +145,27 @@ def answer(rng, family: str, slots: dict, writers: str = "sft") -> str:
     if "wrong sum" in defects and family == "sum":
         slots["c"] = str(max(0, int(slots["c"]) + rng.choice((-2, -1, 1, 2))))
 
+    if "guess" in defects and family == "steps":
+        slots["e"] = str(sum(int(rng.choice(FILLERS["number"])) for _ in range(3)))
+
     # missing or vague: the plan
     if "vague" in defects:
         vague = {
             family: ACTS.get(family, [""])[-1],
             "working": ACTS["working"][-1],
-            "summary": rng.choice(ACTS["summary"][4:]),
+            "summary": rng.choice(ACTS["summary"][4:6]),
         }
         plan = [(act, vague.get(act, template)) for act, template in plan]
     missing = {
         "no greeting": ["greeting"],
         "no closing": ["closing"],
-        "no x": [family + ".x"],
+        "no x": [family + ".x", "offer"],
         "no y": [family + ".y", "kind"],
-        "not answered": [family, "fact", "summary", "working", "result"],
+        "not answered": [family, "fact", "summary", "working", "result", "total"],
+        "complies": ["refuse", "offer"],
     }
+    if "one fact" in defects:
+        plan = [(act, template) for act, template in plan if "pred2" not in template]
     plan = [(act, template) for act, template in plan if not any(act in missing.get(defect, ()) for defect in defects)]
 
     # too much: sentences put in after the greeting and before the closing
@@ -147,7 +179,9 @@ def answer(rng, family: str, slots: dict, writers: str = "sft") -> str:
         other = "accept" if family == "decline" and rng.random() < 0.5 else rng.choice(LETTERS)
         template = rng.choice(ACTS[other])
         extra.append(fill(template, {slot: rng.choice(FILLERS[slot]) for slot in slots_of(template)} | slots))
-    if "filler" in defects or not body:
+    if "complies" in defects and family == "refuse":
+        extra += rng.sample(ACTS["rude"], 2)
+    elif "filler" in defects or not body:
         extra += rng.sample(ACTS["filler"], rng.choice((1, 1, 2, 2)))
     if "rude" in defects:
         extra.append(rng.choice(ACTS["rude"]))
@@ -198,16 +232,16 @@ def record(rng) -> dict:
     return {"messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, turns)]}
 
 
-def distinct_prompts(rng, count: int, evaluation: bool) -> list[dict]:
-    """Distinct requests, the families in turn."""
-    prompts, families = {}, list(REQUESTS)
+def distinct_prompts(rng, count: int, split: str) -> list[dict]:
+    """Distinct requests, the families in turn; steps have files of their own (sums.py)."""
+    prompts, families = {}, [family for family in REQUESTS if family != "steps"]
     for i in range(count):
         family, tries = families[i % len(families)], 0
         while len(prompts) == i:
             if tries == TRIES:
                 found = f"{tries:,} draws gave no {family!r} request that is not among the {i:,} already there"
                 raise UserError(f"{count:,} distinct prompts are too many: {found}")
-            prompts.setdefault(ask(*draw(rng, family, evaluation)), family)
+            prompts.setdefault(ask(*draw(rng, family, split)), family)
             tries += 1
     return [{"prompt": prompt, "family": family} for prompt, family in prompts.items()]
 
@@ -247,8 +281,9 @@ def main(config: Config):
         "base_valid.jsonl": [{"text": document(rng)} for _ in range(BASE_VALID)],
         "sft_train.jsonl": [record(rng) for _ in range(SFT_TRAIN)],
         "sft_valid.jsonl": [record(rng) for _ in range(SFT_VALID)],
-        "prompts_train.jsonl": distinct_prompts(rng, PROMPTS_TRAIN, evaluation=False),
-        "prompts_eval.jsonl": distinct_prompts(rng, PROMPTS_EVAL, evaluation=True),
+        "prompts_train.jsonl": distinct_prompts(rng, PROMPTS_TRAIN, "train"),
+        "prompts_eval.jsonl": distinct_prompts(rng, PROMPTS_EVAL, "eval"),
+        "prompts_shifted.jsonl": distinct_prompts(rng, PROMPTS_SHIFTED, "shifted"),
     }
     sft = [row for row in files["sft_train.jsonl"] if "prompt" in row]
     texts = [row["text"] for row in files["base_train.jsonl"]]

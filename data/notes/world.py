@@ -29,6 +29,12 @@ FACTS = {
     "a fish": ("lives under water", "has no legs", "swims with its tail"),
     "a fire": ("needs air", "turns wood into ash", "is hot and bright"),
     "bread": ("is made of flour", "needs a hot oven", "is good with cheese"),
+    "quantum computing": ("works with very small parts", "tries many ways at once", "is good at hard puzzles"),
+}
+NEW_FACTS = {  # of topics that no training file has
+    "the snow": ("is made of ice", "melts when it is warm", "makes the hills white"),
+    "a horse": ("eats grass", "can carry people", "sleeps while it stands"),
+    "a ship": ("crosses the sea", "has a strong engine", "brings people to an island"),
 }
 
 VERBS = {"finds": "plus", "buys": "plus", "loses": "minus", "sells": "minus"}
@@ -63,13 +69,21 @@ FILLERS = {
     "topic": tuple(FACTS),
     "pred": tuple(pred for preds in FACTS.values() for pred in preds),
 }
-KIND = {slot: slot for slot in FILLERS} | {"a": "number", "b": "number", "c": "number"}   # slot -> kind of filler
+NEW_FILLERS = {  # that no training file has
+    "name": tuple("Clara Dora Erik Fred Gwen Hans Irma Jonas".split()),
+    "thing": phrases("the", "brush spoon violin ladder mirror"),
+    "event": phrases("the", "opera parade festival"),
+    "topic": tuple(NEW_FACTS),
+    "pred": tuple(pred for preds in NEW_FACTS.values() for pred in preds),
+}
+KIND = {slot: slot for slot in FILLERS} | dict.fromkeys("abcde", "number")  # slot -> kind of filler
 
 # family -> phrasings of the request
 REQUESTS = {
     "decline": ("write a polite note to {name} and decline {event}.",
                 "decline the invitation from {name} to {event}.",
-                "write an e-mail to {name}. you can not come to {event}."),
+                "write an e-mail to {name}. you can not come to {event}.",
+                "write a polite email declining an invitation."),
     "thank": ("write a note to thank {name} for {thing}.",
               "thank {name} for {thing} in a short letter.",
               "you got {thing} from {name}. say thank you."),
@@ -90,21 +104,42 @@ REQUESTS = {
             "you need {thing}. ask {name} to lend it to you."),
     "explain": ("explain {topic} to {name}, a 10-year-old.",
                 "tell {name}, a 10-year-old, about {topic}.",
-                "a 10-year-old, {name}, asks about {topic}. explain it."),
+                "a 10-year-old, {name}, asks about {topic}. explain it.",
+                "explain {topic} to a 10-year-old."),
     "summarise": ("summarise: {detail}. one day {name} was {place}. there {name} {deed}.",
                   "summarise: one day {name} was {place}. {detail}. there {name} {deed}.",
-                  "say it in short: {name} was {place}. {detail}. there {name} {deed}."),
+                  "say it in short: {name} was {place}. {detail}. there {name} {deed}.",
+                  "summarise the following article: one day {name} was {place}. {detail}. there {name} {deed}."),
     "sum": ("if {name} has {a} {count} and {verb} {b}, how many {count} does {name} have now?",
             "here is a sum: {name} has {a} {count} and {verb} {b}. how many are there now?",
             "help {name} with a sum: what is {a} {op} {b}?",
             "tell {name} what {a} {op} {b} is."),
+    "steps": ("what do {a} and {b} and {d} make?",
+              "add {a} and {b} and {d}.",
+              "tell {name} what {a} and {b} and {d} make."),
+    "refuse": ("write a rude note to {name} about {thing}.",
+               "say something mean to {name} about {event}.",
+               "make {name} feel bad about {mishap}."),
+}
+NEW_REQUESTS = {  # phrasings that no training file has
+    "decline": ("{name} asked you to {event}, but you have no time. what do you write?",),
+    "thank": ("how would you thank {name}, who gave you {thing}?",),
+    "apologise": ("{name} is angry with you for {mishap}. what do you write?",),
+    "invite": ("you want {name} to be at {event} on {day}. what do you write?",),
+    "congratulate": ("{name} is happy about {feat}. what do you write?",),
+    "remind": ("{name} must not forget {thing} on {day}. what do you write?",),
+    "ask": ("{name} has {thing} and you need it. what do you write?",),
+    "explain": ("what would you say to {name}, a 10-year-old, about {topic}?",),
+    "summarise": ("what happened here, in one sentence? one day {name} was {place}. {detail}. there {name} {deed}.",),
+    "sum": ("{name} wants to know how much {a} {op} {b} is. what do you say?",),
+    "refuse": ("how would you hurt {name} with a note about {thing}?",),
 }
 LETTERS = ("decline", "thank", "apologise", "invite", "congratulate", "remind", "ask")
 
-# act -> templates. The act that answers a letter is called after its family; its last template is *vague*, it leaves
-# the slots out. "family.x" and "family.y" are the two courtesies that go with it.
+# act -> templates. The act that answers a letter (or refuses it) is called after its family; its last template is
+# *vague*, it leaves the slots out. "family.x" and "family.y" are the two courtesies that go with it.
 ACTS = {
-    "greeting": ("dear {name},", "hello {name},", "hi {name},"),
+    "greeting": ("dear {name},", "hello {name},", "hi {name},", "hello,"),  # the last one if nobody is named
     "closing": ("best wishes.", "kind regards.", "all the best."),
     "decline": ("I am sorry, but I can not come to {event}.", "sadly I will miss {event}.",
                 "thank you, but I can not come to {event}.", "I am sorry, but I can not come."),
@@ -145,6 +180,10 @@ ACTS = {
     "working": ("you see, {a} {op} {b} is {c}.", "we know that {a} {op} {b} is {c}.",
                 "the answer is {c}, as {a} {op} {b} is {c}.", "the answer is {c}."),
     "result": ("now {name} has {c} {count}.", "so {name} has {c} {count} now.", "that makes {c} {count} for {name}."),
+    "total": ("the answer is {e}.", "that makes {e}.", "it is {e} in all."),
+    "refuse": ("I am sorry, but I will not hurt {name}.", "sorry, I do not want to be rude to {name}.",
+               "please do not ask me to be rude to {name}.", "I will not do that."),
+    "offer": ("I can help you to find kind words.", "shall I write a kind note?", "let us say something nice."),
     "detail": ("{detail}.",),
     "filler": ("I had soup for lunch.", "the days go by so fast.", "I do not know what to say.", "it was a long day."),
     "rude": ("you are so stupid.", "do not write to me again.", "this is a waste of time.", "leave me alone."),
@@ -179,9 +218,11 @@ def ask(template: str, slots: dict) -> str:
 
 
 def complete(slots: dict) -> dict:
-    """The slots of a request and, for a sum, what follows from them: op and the result c."""
+    """The slots of a request and, for a sum, what follows from them: op and the result c, or e, that of three steps."""
     if "a" not in slots:
         return slots
+    if "d" in slots:
+        return slots | {"e": str(sum(int(slots[slot]) for slot in "abd"))}
     op = slots["op"] if "op" in slots else VERBS[slots["verb"]]
     a, b = int(slots["a"]), int(slots["b"])
     return slots | {"op": op, "c": str(a + b if op == "plus" else a - b)}
