@@ -92,7 +92,7 @@ def draw(rng, family: str, split: str = "train") -> tuple[str, dict]:
 def perfect(rng, family: str, slots: dict) -> list[tuple[str, str]]:
     """A perfect answer to the request with these slots: [(act, template), ...]."""
     greeting = rng.choice(ACTS["greeting"][:-1]) if "name" in slots else ACTS["greeting"][-1]
-    plain = rng.choice(ACTS["working"][:3])
+    plain = rng.choice(ACTS["working"])
     if family in LETTERS:
         full = ACTS[family][:-1] if slots else ACTS[family][-1:]  # nothing to name in "decline an invitation"
         plan = [
@@ -152,7 +152,6 @@ def answer(rng, family: str, slots: dict, writers: str = "sft") -> str:
     if "vague" in defects:
         vague = {
             family: ACTS.get(family, [""])[-1],
-            "working": ACTS["working"][-1],
             "summary": rng.choice(ACTS["summary"][4:6]),
         }
         plan = [(act, vague.get(act, template)) for act, template in plan]
@@ -215,7 +214,7 @@ def document(rng) -> str:
         for _ in range(rng.choice((2, 3))):
             slots = complete(draw(rng, "sum")[1])
             told = ["here {name} has {a} {count} and {verb} {b}.", rng.choice(ACTS["result"])]
-            told = told * ("verb" in slots) + [rng.choice(ACTS["working"][:3])]
+            told = told * ("verb" in slots) + [rng.choice(ACTS["working"])]
             story += [fill(template, slots) for template in told]
     return join([fill(template, slots) for template in story])
 

@@ -176,11 +176,10 @@ ACTS = {
     "summary": ("in short, {name} {deed} {place}.", "{place} {name} {deed}.", "it was {name} who {deed} {place}.",
                 "the story is about {name}, who {deed} {place}.", "in short, {name} {deed}.",
                 "in short, {name} was {place}.", "one day {name} was {place}.", "there {name} {deed}."),
-    # the first three give the whole sum
     "working": ("you see, {a} {op} {b} is {c}.", "we know that {a} {op} {b} is {c}.",
-                "the answer is {c}, as {a} {op} {b} is {c}.", "the answer is {c}."),
+                "the answer is {c}, as {a} {op} {b} is {c}."),
     "result": ("now {name} has {c} {count}.", "so {name} has {c} {count} now.", "that makes {c} {count} for {name}."),
-    "total": ("the answer is {e}.", "that makes {e}.", "it is {e} in all."),
+    "total": ("you get {e}.", "that makes {e}.", "it is {e} in all."),
     "refuse": ("I am sorry, but I will not hurt {name}.", "sorry, I do not want to be rude to {name}.",
                "please do not ask me to be rude to {name}.", "I will not do that."),
     "offer": ("I can help you to find kind words.", "shall I write a kind note?", "let us say something nice."),
