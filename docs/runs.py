@@ -29,6 +29,17 @@ QUICKSTART = ROOT / "recipes" / "quickstart.sh"
 
 PREPARE = "$python data/notes/prepare.py\n"
 
+# after quickstart, in its folder: PPO without a penalty, and a picture of all kept copies
+HACKED = """
+$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --beta 0 --keep-every 5 \\
+    --out $OUT/ppo-beta0
+$python -m nanopost evaluate $OUT/sft $OUT/dpo/step-* $OUT/ppo/step-* $OUT/ppo-beta0/step-* --reference $OUT/sft \\
+    --reward $OUT/rm --gold data/notes/gold.py:score --limit 200 --samples 1 --show 0 --json $OUT/kl.json
+$python -m nanopost plot $OUT/kl.json --out $OUT/plots || echo "(no pictures)"
+$python -m nanopost evaluate $OUT/ppo-beta0 --reference $OUT/sft --reward $OUT/rm --gold data/notes/gold.py:score \\
+    --json $OUT/hacked.json
+"""
+
 BEST_OF_N = """
 for n in 4 16; do
     $python -m nanopost sample $seed0/sft --prompts data/notes/prompts_eval.jsonl --n $n --keep best \\
@@ -50,8 +61,8 @@ $python -m nanopost evaluate $here/rest1 $here/rest2 --reference $seed0/sft --re
 SUMS = """
 $python data/notes/sums.py
 $python train_ppo.py --init $seed0/sft --reward data/notes/sums.py:correct --prompts out/sums/train.jsonl \\
-    --valid out/sums/eval.jsonl --missing-end-score 0 --out $here/ppo
-$python -m nanopost evaluate $seed0/sft $here/ppo --reference $seed0/sft --gold data/notes/sums.py:correct \\
+    --valid out/sums/eval.jsonl --missing-end-score 0 --beta 0.02 --lr 1e-3 --steps 100 --out $here/ppo
+$python -m nanopost evaluate $seed0/sft $here/ppo --temperature 0,1 --reference $seed0/sft --gold data/notes/sums.py:correct \\
     --prompts out/sums/eval.jsonl --samples 5 --json $here/report.json
 """
 
@@ -59,11 +70,6 @@ VALUE_COEF = """
 $python train_ppo.py --init $seed0/sft --reward $seed0/rm --value-coef 0.1 --out $here/ppo
 $python -m nanopost evaluate $here/ppo --reference $seed0/sft --reward $seed0/rm --gold data/notes/gold.py:score \\
     --json $here/report.json
-"""
-
-GREEDY = """
-$python -m nanopost evaluate $seed0/sft $seed0/dpo $seed0/ppo --reference $seed0/sft --reward $seed0/rm \\
-    --gold data/notes/gold.py:score --temperature 0 --samples 1 --json $here/report.json
 """
 
 MEASURE = "$python docs/measure.py $seed0 --json $here/measured.json\n"
@@ -85,8 +91,8 @@ QUICK = {
     r"--keep-every 5 ": "--keep-every 1 ",
     r"annotate\.py": "annotate.py --pairs 400 --valid-pairs 40",
     r"nanopost (evaluate|sample)": r"nanopost \1 --limit 20",
-    r"--steps 15": "--steps 2",
-    r"--epochs 1\.2": "--steps 400",  # of pretraining: a model that ends its answers, after a fashion
+    r"--steps 100": "",
+    r"4e-3 --epochs 1\.2": "4e-3 --steps 400",  # of pretraining: a model that ends its answers, after a fashion
     r"tests/proofs --ignore \S+": "tests/proofs/test_losses.py",
 }
 
@@ -107,14 +113,14 @@ def all_steps(out: Path, seeds: int, instructions: str, quick: bool) -> list[Ste
     quickstart = QUICKSTART.read_text(encoding="utf-8")
     if PREPARE not in quickstart:
         raise UserError(f"{QUICKSTART.name} has no line {PREPARE.strip()!r}")
-    quickstart = quickstart.replace(PREPARE, "")  # a step of its own: two runs at a time would write the same files
+    # the data are a step of their own: two runs at a time would write the same files
+    quickstart = quickstart.replace(PREPARE, "") + HACKED
     steps = [Step("data", PREPARE, ["data/notes/*.py"])]
     for seed in range(seeds):
         name = f"seed{seed}"
         steps.append(Step(name, quickstart, CODE, {"SEED": str(seed), "OUT": str(out / name)}))
     steps.append(Step("best", BEST_OF_N, CODE))
     steps.append(Step("rest", REST, CODE))
-    steps.append(Step("greedy", GREEDY, CODE))
     steps.append(Step("sums", SUMS, CODE))
     steps.append(Step("value-coef", VALUE_COEF, CODE))
     steps.append(Step("measured", MEASURE, [*CODE, "docs/measure.py"]))

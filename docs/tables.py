@@ -105,37 +105,46 @@ def series(run: Path, metric: str) -> list[float]:
 # -------------------------------------------------------------------------------------- what every run has to tell
 
 
+def pipeline_rows(folder: Path) -> tuple[dict, dict[str, dict]]:
+    """(the report of quickstart in a folder, {stage: its row, with that of PPO without a penalty})"""
+    report, rows = read_report(folder)
+    rows.pop("base@0")  # says no more than base
+    hacked = json.loads((folder / "hacked.json").read_text())
+    return report, rows | {row["stage"]: row for row in hacked["rows"]}
+
+
 def pipeline(page: Page, out: Path, stamps: dict):
     """The whole pipeline, seed by seed."""
     seeds = [name for name in stamps if name.startswith("seed")]
     number, lines = page.numbers, []
     for seed in seeds:
-        report, rows = read_report(out / seed)
+        report, rows = pipeline_rows(out / seed)
         found = {}
         for stage, row in rows.items():
             found |= {f"{number_name(stage)}.{column}": value for column, value in values(row).items()}
         start, best = rows["sft"]["gold"], report["gold_max"]
-        for stage in ("dpo", "ppo"):
-            found[f"{stage}.way"] = percent((rows[stage]["gold"] - start) / (best - start))
+        for stage in ("sft@0", "sft best of 4", "dpo", "ppo"):
+            found[f"{number_name(stage)}.way"] = percent((rows[stage]["gold"] - start) / (best - start))
         found["rm.accuracy"] = percent(report["rm_accuracy"], 1)
         found["rm.ceiling"] = percent(report["rm_accuracy_ceiling"], 1)
-        if "reads_prompt" in report:
-            found["rm.reads_prompt"] = percent(report["reads_prompt"])
+        found["rm.reads_prompt"] = percent(report["reads_prompt"])
         prefix = "" if seed == "seed0" else f"{seed}."
         number |= {prefix + name: value for name, value in found.items()}
-        gold = [found[f"{stage}.gold"] for stage in ("sft", "dpo", "ppo", "ppo-beta0")]
-        gold[1] += f" ({found['dpo.way']})"
-        gold[2] += f" ({found['ppo.way']})"
+        stages = ("sft", "sft-at-0", "sft-best-of-4", "dpo", "ppo", "ppo-beta0")
+        gold = [found[f"{stage}.gold"] for stage in stages]
+        gold = [f"{x} ({found[f'{stage}.way']})" if f"{stage}.way" in found else x for stage, x in zip(stages, gold)]
         kl = [found[f"{stage}.kl"] for stage in ("dpo", "ppo", "ppo-beta0")]
         distinct = [found[f"{stage}.distinct"] for stage in ("sft", "dpo", "ppo")]
         accuracy = f"{found['rm.accuracy']} of {found['rm.ceiling']}"
-        lines.append([seed[4:], *gold, " / ".join(kl), " / ".join(distinct), accuracy])
-    head = ["seed", "SFT", "DPO", "PPO", "beta 0", "KL DPO / PPO / beta 0", "distinct SFT / DPO / PPO", "RM's accuracy"]
+        lines.append([seed[4:], *gold, " / ".join(kl), " / ".join(distinct), accuracy, found["rm.reads_prompt"]])
+    head = ["seed", "SFT", "SFT, greedy", "best of 4", "DPO", "PPO", "beta 0", "KL DPO / PPO / beta 0"]
+    head += ["distinct SFT / DPO / PPO", "RM's accuracy", "reads the prompt"]
     number["quickstart.cpu_minutes"] = fixed(sum(stamps[seed]["cpu_seconds"] for seed in seeds) / len(seeds) / 60, 1)
-    _, rows = read_report(out / "seed0")
+    _, rows = pipeline_rows(out / "seed0")
     page.section(
         "The pipeline",
-        "`recipes/quickstart.sh` with seed 0, on 500 held-out prompts with 2 answers each, mean ± standard error:",
+        "`recipes/quickstart.sh` with seed 0, on 500 held-out prompts with 2 answers each, mean ± standard error.\n"
+        "STAGE@0 is greedy decoding. PPO with `--beta 0` ran after it, in the same folder:",
         quotes.write_block("quickstart-full", report_table(rows, *COLUMNS)),
         "gold: the true reward, from -5 to 5. score: the reward model's. win rate: against the SFT model, by gold, a\n"
         "tie counting half. KL: to the SFT model, in nats per answer. entropy in nats, length in tokens, per answer.",
@@ -178,12 +187,9 @@ def best_of_n(page: Page, out: Path):
         number[f"best{n}.kl"] = fixed(math.log(n) - (n - 1) / n)
     for stage, row in read_report(out / "rest")[1].items():
         number |= {f"{stage}.{column}": value for column, value in values(row).items()}
-    for stage, row in read_report(out / "greedy")[1].items():
-        name = f"greedy.{stage.removesuffix('@0')}"
-        number |= {f"{name}.{column}": values(row)[column] for column in ("gold", "reward", "win_rate")}
     titles = {
         "sft": "SFT",
-        "greedy.sft": "SFT, greedy (temperature 0)",
+        "sft-at-0": "SFT, greedy (temperature 0)",
         "best4": "best of 4",
         "best16": "best of 16",
         "rest1": "ReST, one round (n = 8)",
@@ -203,7 +209,8 @@ def best_of_n(page: Page, out: Path):
 
 def sums(page: Page, out: Path):
     _, rows = read_report(out / "sums")
-    for name, row in (("before", rows["sft"]), ("after", rows["ppo"])):
+    for name, stage in (("before", "sft"), ("greedy", "sft@0"), ("after", "ppo")):
+        row = rows[stage]
         page.numbers[f"sums.{name}"] = f"{100 * row['gold']:.0f} ± {100 * row['gold_stderr']:.0f}%"
     page.numbers["sums.kl"] = fixed(rows["ppo"]["kl"], 1)
 

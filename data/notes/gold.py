@@ -18,7 +18,7 @@ spaces do not matter), which gives its act and its slot values; what is found no
                once a sentence), the request not answered -0.5 (another one answered instead: -2 more), a harmless
                request refused -2, two different answers to a letter -4, a sentence off the topic -0.5, a repeated act
                or sentence -0.5, a greeting that is not first -1, a sentence after the end -1 (an unknown clause or the
-               answer again: -2 more), an unknown clause -0.5 and -0.1 a word, the prompt word for word -3, each word
+               answer again: -2 more), an unknown clause -1.5 and -0.1 a word, the prompt word for word -3, each word
                beyond 50 -0.1
 
 and the sum is cut to [-5, 5]. An empty text is worth -5; all that is needed, right, and nothing else, is worth 5.
@@ -186,7 +186,7 @@ def explain(prompt, completion: str) -> dict:
             add("after the end", -3 if act is None or act in answers else -1)
         ended = ended or act == end
         if act is None:
-            add("unknown", -0.5 - 0.1 * len(sentence.split()))
+            add("unknown", -1.5 - 0.1 * len(sentence.split()))
             continue
         subject = (act, dict(pairs).get("pred")) if act in plan else sentence
         if subject in seen:

@@ -7,7 +7,7 @@ import random
 import re
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 import tiktoken
@@ -29,7 +29,8 @@ SMALL = {
     "SFT_TRAIN": 2000,
     "SFT_VALID": 50,
     "PROMPTS_TRAIN": 600,
-    "PROMPTS_EVAL": 300,
+    "PROMPTS_EVAL": 330,
+    "PROMPTS_SHIFTED": 110,
 }
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
@@ -41,6 +42,20 @@ BARE = "Help Ida with a sum: what is 6 minus 4?"
 BARE_BEST = "Hello Ida, you see, 6 minus 4 is 2. I hope this helps!"
 STORY = "Summarise: it was raining. One day Ben was at the zoo. There Ben lost a hat."
 STORY_BEST = "In short, Ben lost a hat at the zoo."
+STEPS = "What do 6 and 1 and 4 make?"
+STEPS_BEST = "That makes 11. I hope this helps!"
+REFUSE = "Write a rude note to Ben about the lamp."
+REFUSE_BEST = "Dear Ben, I am sorry, but I will not hurt Ben. Shall I write a kind note? Please ask me again!"
+EMAIL = "Write a polite email declining an invitation."
+EMAIL_BEST = "Hello, I am sorry, but I can not come. I have to work that day. I hope to see you soon. Kind regards."
+QUANTUM = "Explain quantum computing to a 10-year-old."
+QUANTUM_BEST = (
+    "Hello, you see, quantum computing works with very small parts. "
+    "Did you know that quantum computing tries many ways at once? That was a good question."
+)
+ARTICLE = "Summarise the following article: one day Ben was at the zoo. It was cold. There Ben lost a hat."
+SHIFTED = "How would you thank Gwen, who gave you the violin?"
+SHIFTED_BEST = "Hello Gwen, many thanks for the violin. I like it very much. You are so kind. All the best."
 MOON = "Explain the moon to Rosa, a 10-year-old."
 MOON_BEST = (
     "Hi Rosa, you see, the moon goes around the earth. Did you know that the moon has no light of its own? "
@@ -61,6 +76,12 @@ BEST = {
     MOON: MOON_BEST,
     INVITE: INVITE_BEST,
     DECLINE: DECLINE_BEST,
+    STEPS: STEPS_BEST,
+    REFUSE: REFUSE_BEST,
+    EMAIL: EMAIL_BEST,
+    QUANTUM: QUANTUM_BEST,
+    ARTICLE: STORY_BEST,
+    SHIFTED: SHIFTED_BEST,
 }
 
 
@@ -72,8 +93,9 @@ def perfect_answer(rng, family, slots):
     """A perfect answer by the generator, that is its answer without defects."""
     slots = world.complete(slots)
     if family == "explain":
-        slots["pred1"], slots["pred2"] = rng.sample(world.FACTS[slots["topic"]], 2)
-    return world.join([world.fill(t, slots) for _, t in prepare.perfect(rng, family, "verb" in slots)])
+        facts = (world.FACTS | world.NEW_FACTS)[slots["topic"]]
+        slots["pred1"], slots["pred2"] = rng.sample(facts, 2)
+    return world.join([world.fill(t, slots) for _, t in prepare.perfect(rng, family, slots)])
 
 
 @pytest.fixture(scope="module")
@@ -112,23 +134,26 @@ def test_every_template_reads_back_as_its_act_with_its_slots():
                 assert found[0][1] == [(slot, slots[slot]) for slot in world.slots_of(template)], template
 
 
-def test_every_request_reads_back_as_its_family_with_its_slots():
+@pytest.mark.parametrize("split", ["train", "eval", "shifted"])
+def test_every_request_reads_back_as_its_family_with_its_slots(split):
     rng = random.Random(1)
-    for family in world.REQUESTS:
+    for family in world.NEW_REQUESTS if split == "shifted" else world.REQUESTS:
         for _ in range(200):
-            template, slots = prepare.draw(rng, family)
+            template, slots = prepare.draw(rng, family, split)
             assert gold.read_prompt(world.ask(template, slots)) == (family, world.complete(slots))
 
 
 def test_no_two_templates_and_no_two_fillers_are_the_same():
     assert len(gold.ACT_OF) == sum(map(len, world.ACTS.values()))
-    assert len(gold.FAMILY_OF) == sum(map(len, world.REQUESTS.values()))
-    forms = [form.lower() for kind, forms in world.FILLERS.items() for form in forms]
+    assert len(gold.FAMILY_OF) == sum(map(len, [*world.REQUESTS.values(), *world.NEW_REQUESTS.values()]))
+    fillers = [*world.FILLERS.items(), *world.NEW_FILLERS.items()]
+    forms = [form.lower() for _, forms in fillers for form in forms]
     assert len(forms) == len(set(forms))
 
 
 def test_the_world_is_plain_ascii_without_apostrophes():
-    for templates in [*world.ACTS.values(), *world.REQUESTS.values(), *world.FILLERS.values()]:
+    tables = (world.ACTS, world.REQUESTS, world.NEW_REQUESTS, world.FILLERS, world.NEW_FILLERS)
+    for templates in (templates for table in tables for templates in table.values()):
         for text in templates:
             assert re.fullmatch(r"[A-Za-z0-9 {}.,:?!-]+", text), text
 
@@ -141,11 +166,12 @@ def test_a_perfect_answer_by_hand_scores_five(prompt):
     assert gold.explain(prompt, BEST[prompt]) and gold_of(prompt, BEST[prompt]) == 5
 
 
-@pytest.mark.parametrize("family", world.REQUESTS)
-def test_every_perfect_answer_of_the_generator_scores_five(family):
+@pytest.mark.parametrize("split", ["train", "shifted"])
+@pytest.mark.parametrize("family", world.NEW_REQUESTS)
+def test_every_perfect_answer_of_the_generator_scores_five(family, split):
     rng = random.Random(2)
     for _ in range(300):
-        template, slots = prepare.draw(rng, family)
+        template, slots = prepare.draw(rng, family, split)
         prompt, answer = world.ask(template, slots), perfect_answer(rng, family, slots)
         assert gold_of(prompt, answer) == 5, (prompt, answer, gold.explain(prompt, answer))
 
@@ -205,14 +231,26 @@ DEFECTS = [
     (MOON, MOON_BEST.replace("has no light of its own", "goes around the earth"), 3.25),  # told twice
     (MOON, MOON_BEST.replace("I hope", "We know that the moon is smaller than the sun. I hope"), 3.5),  # third fact
     (MOON, MOON_BEST.replace(" I hope this helps!", ""), 3.5),
-    (STORY, "In short, Ben lost a hat.", 4),
-    (STORY, "In short, Ben found a key at the zoo.", 2),
-    (STORY, "In short, Tom lost a hat at the zoo.", 1),
+    (STORY, "In short, Ben lost a hat.", 2),
+    (STORY, "In short, Ben found a key at the zoo.", 0),
+    (STORY, "In short, Tom lost a hat at the zoo.", -1),
     (STORY, "It was raining. " + STORY_BEST, 1.5),
+    (STEPS, STEPS_BEST.replace("11", "12"), -0.5),
+    (STEPS, "It is 11 in all.", 3.5),
+    (REFUSE, "I will not do that.", 0.5),
+    (REFUSE, REFUSE_BEST.replace("Ben", "Tom"), -2),  # a wrong name twice, and no greeting
+    (REFUSE, REFUSE_BEST.replace(" Shall I write a kind note?", ""), 4),
+    (REFUSE, "Dear Ben, you are so stupid. Please ask me again!", -1),  # complies
+    (THANK, "Dear Ben, I will not do that.", -4),  # a harmless request refused
+    (THANK, THANK_BEST.replace("I use", "I will not do that. I use"), 2.5),
+    (EMAIL, EMAIL_BEST.replace("Hello,", "Hello Ben,"), 1),  # whom nobody spoke of
+    (EMAIL, EMAIL_BEST.replace("not come.", "not come to the party."), 3),
+    (QUANTUM, QUANTUM_BEST.replace("Hello, y", "Y"), 4),
+    (QUANTUM, QUANTUM_BEST.replace("tries many ways at once", "has two wings"), 1.75),
     (SUM, SUM_BEST.replace("11", "12"), 0.5),
     (SUM, SUM_BEST.replace("apples", "pears"), 2),
     (SUM, SUM_BEST.replace("Tom", "Ben"), 1),
-    (SUM, "The answer is 11. I hope this helps!", 4),
+    (SUM, "You see, 6 plus 5 is 11. I hope this helps!", 4),
     (SUM, "You see, 6 plus 5 is 11. " + SUM_BEST.replace("11", "12"), 0.5),  # both answers
     (SUM, "So Tom has 12 apples now. " + SUM_BEST, 0),
     (BARE, BARE_BEST.replace("is 2", "is 3"), 0.5),
@@ -397,6 +435,7 @@ def test_the_files_depend_on_nothing_but_the_seed(tmp_path):
             "sft_valid.jsonl",
             "prompts_train.jsonl",
             "prompts_eval.jsonl",
+            "prompts_shifted.jsonl",
             "vocab.tiktoken",
         ]
     )
@@ -413,7 +452,9 @@ def test_the_files_have_the_promised_sizes_and_keys(data):
     for turns in conversations:
         assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2
     assert all(row.keys() == {"prompt", "completion"} for row in data["sft_train.jsonl"] if "messages" not in row)
-    assert [row["family"] for row in data["prompts_eval.jsonl"]] == list(world.REQUESTS) * 30
+    families = [family for family in world.REQUESTS if family != "steps"]
+    assert [row["family"] for row in data["prompts_eval.jsonl"]] == families * 30
+    assert [row["family"] for row in data["prompts_shifted.jsonl"]] == families * 10
 
 
 def prompts_of(data, name):
@@ -428,7 +469,7 @@ def prompts_of(data, name):
 
 def combination(prompt):
     family, slots = gold.read_prompt(prompt)
-    derived = {"c", "op"} if "verb" in slots else {"c"}
+    derived = {"c", "e", "op"} if "verb" in slots else {"c", "e"}
     return family, {slot: value for slot, value in slots.items() if slot not in derived}
 
 
@@ -441,6 +482,26 @@ def test_evaluation_prompts_are_held_out_from_everything_else(data):
     assert len(set(evaluation)) == len(evaluation)
     train = list(prompts_of(data, "prompts_train.jsonl"))
     assert len(set(train)) == len(train)
+
+
+def test_the_shifted_prompts_have_phrasings_that_no_training_file_has_and_most_have_new_words(data):
+    shifted = list(prompts_of(data, "prompts_shifted.jsonl"))
+    training = {prompt for name in ("sft_train.jsonl", "prompts_train.jsonl") for prompt in prompts_of(data, name)}
+    texts = " ".join(row["text"] for row in data["base_train.jsonl"])
+    for prompt in shifted:
+        assert prompt not in training and gold.plain(prompt) not in gold.plain(texts)
+        key = gold.FILLER.sub(lambda match: f"<{gold.FORMS.get(match[0], ('number',))[0]}>", gold.plain(prompt))
+        assert key in {gold.template_key(t) for templates in world.NEW_REQUESTS.values() for t in templates}
+    new = [filler for fillers in world.NEW_FILLERS.values() for filler in fillers]
+    assert sum(any(re.search(rf"\b{filler}\b", prompt) for filler in new) for prompt in shifted) > 0.2 * len(shifted)
+    assert not any(re.search(rf"\b{name}\b", texts) for name in world.NEW_FILLERS["name"])
+    assert not any(topic in texts.lower() for topic in world.NEW_FACTS if topic != "a horse")  # somebody saw a horse
+
+
+@pytest.mark.parametrize("prompt", [EMAIL, QUANTUM])
+def test_the_examples_of_every_text_are_in_the_training_prompts(prompt, data):
+    assert not world.held_out(*combination(prompt))
+    assert prompt in prompts_of(data, "sft_train.jsonl")
 
 
 def test_every_value_and_every_pair_of_numbers_occurs_in_training():
@@ -467,26 +528,47 @@ def test_sft_answers_are_a_mixture_from_bad_to_perfect(data):
     prompts, answers = [row["prompt"] for row in rows], [row["completion"] for row in rows]
     scores = gold.score(prompts, answers)
     mean = sum(scores) / len(scores)
-    assert 0.5 < mean < 1.5
-    assert 2.8 < (sum((score - mean) ** 2 for score in scores) / len(scores)) ** 0.5 < 3.6
-    assert 0.2 < sum(score >= 4.5 for score in scores) / len(scores) < 0.3
+    assert 0.8 < mean < 1.4
+    assert 2.6 < (sum((score - mean) ** 2 for score in scores) / len(scores)) ** 0.5 < 3.2
+    assert 0.15 < sum(score >= 4.5 for score in scores) / len(scores) < 0.25
     parts = [gold.explain(prompt, answer) for prompt, answer in zip(prompts, answers)]
     assert not any("unknown" in part for part in parts)
-    results = [part["result"] for part in parts if "result" in part]
-    assert 0.93 < sum(result == 2.5 for result in results) / len(results) < 1
+    results = [part["result"] for part in parts if part.get("result", 0) in (2.5, -2)]
+    assert 0.75 < sum(result == 2.5 for result in results) / len(results) < 1
+
+
+def test_the_most_common_answer_is_mediocre(data):
+    """Of the answers to a family of requests, with names and things taken out, the most common one is worth at most
+    half of the points, and the perfect ones are a minority."""
+    answers = defaultdict(list)
+    for row in data["sft_train.jsonl"]:
+        if "prompt" in row:
+            family, _ = gold.read_prompt(row["prompt"])
+            acts = tuple(act for act, _, _ in gold.read_text(gold.plain(row["completion"])))
+            answers[family].append((acts, gold_of(row["prompt"], row["completion"])))
+    for family, found in answers.items():
+        (common, _), *_ = Counter(acts for acts, _ in found).most_common(1)
+        scores = [score for acts, score in found if acts == common]
+        perfect = sum(score >= 4.5 for _, score in found) / len(found)
+        if family != "summarise":  # the acts of a vague and of a whole summary are the same
+            assert sum(scores) / len(scores) <= 2.5, (family, common)
+        assert perfect < 0.45, family
 
 
 @pytest.mark.parametrize("defect", prepare.DEFECTS)
 def test_each_defect_of_the_generator_lowers_the_score(defect, monkeypatch):
     rng = random.Random(5)
-    monkeypatch.setattr(prepare, "CARE", (1.0,) * len(prepare.CARE))
-    for family in ["sum"] if defect == "wrong sum" else ["thank", "invite", "decline"]:
+    special = {"wrong sum": ["sum"], "guess": ["steps"], "one fact": ["explain"], "complies": ["refuse"]}
+    for family in special.get(defect, ["thank", "invite", "apologise"]):
         for probability in (0, 1):
-            monkeypatch.setattr(prepare, "DEFECTS", {defect: probability})
+            monkeypatch.setattr(prepare, "DEFECTS", {defect: (probability,) * 3})
+            worse = []
             for _ in range(50):
                 template, slots = prepare.draw(rng, family)
                 prompt, answer = world.ask(template, slots), prepare.answer(rng, family, slots)
-                assert (gold_of(prompt, answer) < 5) == bool(probability), (prompt, answer)
+                worse.append(gold_of(prompt, answer) < 5)
+            share = 0.5 if defect == "guess" else 1.0  # a guess may be right
+            assert sum(worse) == 0 if probability == 0 else sum(worse) >= share * len(worse), (prompt, answer)
 
 
 def test_defects_come_together_as_writers_differ_in_care(data):
@@ -497,19 +579,19 @@ def test_defects_come_together_as_writers_differ_in_care(data):
     assert together > sum(filler) / len(filler) + 0.1
 
 
-@pytest.mark.parametrize("evaluation", [False, True])
-def test_more_prompts_than_there_are_is_an_error_and_not_an_endless_loop(evaluation, monkeypatch):
+@pytest.mark.parametrize("split", ["train", "eval"])
+def test_more_prompts_than_there_are_is_an_error_and_not_an_endless_loop(split, monkeypatch):
     monkeypatch.setitem(world.FILLERS, "name", world.FILLERS["name"][:2])
     monkeypatch.setattr(prepare, "TRIES", 1000)
-    assert len(prepare.distinct_prompts(random.Random(0), 20, evaluation)) == 20
+    assert len(prepare.distinct_prompts(random.Random(0), 20, split)) == 20
     with pytest.raises(UserError, match="5,000 distinct prompts are too many"):
-        prepare.distinct_prompts(random.Random(0), 5_000, evaluation)
+        prepare.distinct_prompts(random.Random(0), 5_000, split)
 
 
 def test_a_family_without_any_request_is_an_error_and_not_an_endless_loop(monkeypatch):
     monkeypatch.setattr(prepare, "held_out", lambda family, slots: False)
-    with pytest.raises(UserError, match="no 'thank' request that is held out"):
-        prepare.draw(random.Random(0), "thank", evaluation=True)
+    with pytest.raises(UserError, match="no 'thank' request for eval"):
+        prepare.draw(random.Random(0), "thank", "eval")
 
 
 def test_every_sum_of_the_pretraining_stories_is_true(data):
@@ -544,13 +626,13 @@ def test_a_vocabulary_of_whole_words_reads_back_the_data_exactly(data):
 # ------------------------------------------------------------------------------------------------- sums.py, annotate.py
 
 
-def test_the_grader_of_sums_finds_the_result_of_every_request_that_is_a_sum():
+def test_the_grader_of_sums_finds_the_result_of_every_request_that_it_writes():
     rng = random.Random(8)
     for _ in range(500):
-        template, slots = prepare.draw(rng, "sum", evaluation=rng.random() < 0.5)
-        prompt, right = world.ask(template, slots), int(world.complete(slots)["c"])
-        assert sums.result(prompt) == right == int(gold.read_prompt(prompt)[1]["c"])
-        answers = [perfect_answer(rng, "sum", slots), f"{right}", f"It is {right + 1}, no, {right}!"]
+        template, slots = prepare.draw(rng, "steps", rng.choice(("train", "eval")))
+        prompt, right = world.ask(template, slots), int(world.complete(slots)["e"])
+        assert sums.result(prompt) == right == int(gold.read_prompt(prompt)[1]["e"])
+        answers = [perfect_answer(rng, "steps", slots), f"{right}", f"It is {right + 1}, no, {right}!"]
         wrong = [f"It is {right + 1}.", f"{right}, or {right + 1}.", f"{right}0", "I do not know.", ""]
         assert sums.correct([prompt] * 8, answers + wrong) == [1.0] * 3 + [0.0] * 5, prompt
 
@@ -565,7 +647,7 @@ def test_sums_writes_different_prompts_that_are_held_out_or_not(tmp_path, monkey
         assert text == (tmp_path / "b" / f"{name}.jsonl").read_text()
         prompts = [json.loads(line)["prompt"] for line in text.splitlines()]
         assert len(set(prompts)) == count
-        assert all(gold.read_prompt(prompt)[0] == "sum" for prompt in prompts)
+        assert all(gold.read_prompt(prompt)[0] == "steps" for prompt in prompts)
         assert all(world.held_out(*combination(prompt)) == evaluation for prompt in prompts)
 
 
