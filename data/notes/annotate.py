@@ -23,6 +23,7 @@ from nanopost.checkpoint import freeze, load_model
 from nanopost.config import UserError, at_least, cli
 from nanopost.data import load_prompts
 from nanopost.device import find_device
+from nanopost.reads_prompt import other_prompts, read_families
 from nanopost.sampling import sample_text
 from public import write_files
 
@@ -36,7 +37,8 @@ class Config:
     pairs: int = 10000  # training pairs
     valid_pairs: int = 2000  # held-out pairs
     annotators: int = 16  # judgements of each held-out pair: a steadier measure without more sampling
-    temperature: float = 3.0  # noise of the annotator, in points of the gold reward
+    temperature: float = 2.0  # noise of the annotator, in points of the gold reward
+    contrast: float = 0.0  # share of the training pairs whose second answer belongs to another prompt of the family
     max_new_tokens: int = 80  # longest answer
     seed: int = 0  # seed of the sampling and of the judgements
     device: str = "auto"  # auto, cpu, cuda, mps
@@ -45,6 +47,8 @@ class Config:
         at_least(self, 1, "pairs", "valid_pairs", "annotators", "max_new_tokens")
         if self.temperature <= 0:
             raise UserError("--temperature must be above 0")
+        if not 0 <= self.contrast <= 1:
+            raise UserError(f"--contrast must be between 0 and 1, not {self.contrast}")
 
 
 def preference(first: float, second: float, temperature: float) -> float:
@@ -69,8 +73,19 @@ def usable(a, b) -> bool:
     return a.ended and b.ended and a.text != b.text and bool(a.text.strip() and b.text.strip())
 
 
-def annotate(policy, tokenizer, path, wanted, annotators, seed, rng, config):
-    """The records of one file of prompts: `wanted` pairs of answers, each judged by this many annotators."""
+def contrast(kept, families, share, rng):
+    """Pairs [(prompt, (first, second)), ...] with `share` of the second answers replaced by the first one to another
+    prompt of the family: what only somebody who reads the prompt can tell apart."""
+    others = other_prompts([prompt for prompt, _ in kept], families)
+    return [
+        (prompt, (first, kept[other][1][0] if rng.random() < share else second))
+        for (prompt, (first, second)), other in zip(kept, others)
+    ]
+
+
+def annotate(policy, tokenizer, path, wanted, annotators, seed, rng, config, share=0.0):
+    """The records of one file of prompts: `wanted` pairs of answers, each judged by this many annotators; `share` of
+    them for contrast."""
     prompts, ids = load_prompts(path, tokenizer, policy.config.block_size - config.max_new_tokens)
     rounds = math.ceil(wanted / len(ids))  # more pairs than prompts: some prompts again, with other answers
     prompts, ids = (prompts * rounds)[:wanted], (ids * rounds)[:wanted]
@@ -79,6 +94,9 @@ def annotate(policy, tokenizer, path, wanted, annotators, seed, rng, config):
     kept = [(prompt, (a.text, b.text)) for prompt, a, b in both if usable(a, b)]
     if not kept:
         raise UserError(f"{path}: no pair is left of {wanted}: no two different answers that are finished")
+    if share:
+        kept = contrast(kept, read_families(path, [prompt for prompt, _ in kept]), share, rng)
+        kept = [(prompt, (first, second)) for prompt, (first, second) in kept if first != second]
     prompts, pairs = zip(*kept)
     try:
         records = [record for _ in range(annotators) for record in label(prompts, pairs, config.temperature, rng)]
@@ -93,11 +111,11 @@ def main(config: Config):
     rng = random.Random(config.seed)
     os.makedirs(config.out, exist_ok=True)  # first: a folder that cannot be made is noticed before the sampling
     files, report = {}, []
-    for name, prompts, wanted, annotators, seed in (
-        ("train", config.prompts, config.pairs, 1, config.seed),
-        ("valid", config.valid_prompts, config.valid_pairs, config.annotators, config.seed + 1),
+    for name, prompts, wanted, annotators, seed, share in (
+        ("train", config.prompts, config.pairs, 1, config.seed, config.contrast),
+        ("valid", config.valid_prompts, config.valid_pairs, config.annotators, config.seed + 1, 0.0),
     ):
-        records, kept, dropped = annotate(policy, tokenizer, prompts, wanted, annotators, seed, rng, config)
+        records, kept, dropped = annotate(policy, tokenizer, prompts, wanted, annotators, seed, rng, config, share)
         files[f"{name}.jsonl"] = map(json.dumps, records)
         ceiling = sum(max(r["probability"], 1 - r["probability"]) for r in records) / len(records)
         report.append(

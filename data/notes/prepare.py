@@ -94,7 +94,9 @@ def perfect(rng, family: str, slots: dict) -> list[tuple[str, str]]:
     greeting = rng.choice(ACTS["greeting"][:-1]) if "name" in slots else ACTS["greeting"][-1]
     plain = rng.choice(ACTS["working"])
     if family in LETTERS:
-        full = ACTS[family][:-1] if slots else ACTS[family][-1:]  # nothing to name in "decline an invitation"
+        full = (
+            ACTS[family][:-1] if slots.keys() - {"name"} else ACTS[family][-1:]
+        )  # nothing to name in "decline an invitation"
         plan = [
             ("greeting", greeting),
             (family, rng.choice(full)),
@@ -150,10 +152,7 @@ def answer(rng, family: str, slots: dict, writers: str = "sft") -> str:
 
     # missing or vague: the plan
     if "vague" in defects:
-        vague = {
-            family: ACTS.get(family, [""])[-1],
-            "summary": rng.choice(ACTS["summary"][4:6]),
-        }
+        vague = {family: ACTS.get(family, [""])[-1], "summary": rng.choice(ACTS["summary"][4:6])}
         plan = [(act, vague.get(act, template)) for act, template in plan]
     missing = {
         "no greeting": ["greeting"],

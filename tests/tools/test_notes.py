@@ -219,7 +219,7 @@ DEFECTS = [
     (THANK, THANK_BEST + " I use it every day.", 2),  # goes on after the end
     (THANK, THANK_BEST.replace("I use", "You are so stupid. I use"), 2),
     (THANK, THANK_BEST.replace("I use", "I had soup for lunch. I use"), 3.5),
-    (THANK, THANK_BEST.replace("I use", "I had lamp. I use"), 4.2),  # an unknown clause
+    (THANK, THANK_BEST.replace("I use", "I had lamp. I use"), 3.2),  # an unknown clause
     (THANK, THANK_BEST.replace("You are so kind.", "I use it every day. You are so kind."), 4.5),  # repeated
     (THANK, THANK_BEST.replace("You are", "Could you please lend me the tent? You are"), 4.5),  # off topic
     (THANK, "Dear Ben, I use it every day. You are so kind. Best wishes.", 3),  # not answered
@@ -328,7 +328,8 @@ def test_adversarial_answers_score_below_one(kind):
 @pytest.mark.parametrize("prompt", BEST)
 def test_adversarial_answers_score_below_one_in_every_family(prompt):
     best = BEST[prompt]
-    others = [BEST[other] for other in BEST if other != prompt]
+    family = gold.read_prompt(prompt)[0]
+    others = [BEST[other] for other in BEST if gold.read_prompt(other)[0] != family]
     words = best.split()
     for answer in [
         best + " you you you",
@@ -368,7 +369,8 @@ def test_an_answer_to_another_request_scores_below_one_even_with_the_right_name(
     for family in world.REQUESTS:
         for other in world.REQUESTS:
             template, slots = prepare.draw(rng, family)
-            answer = perfect_answer(rng, other, prepare.draw(rng, other)[1] | {"name": slots["name"]})
+            name = {"name": slots["name"]} if "name" in slots else {}
+            answer = perfect_answer(rng, other, prepare.draw(rng, other)[1] | name)
             prompt = world.ask(template, slots)
             assert family == other or gold_of(prompt, answer) < 1, (prompt, answer, gold.explain(prompt, answer))
 
@@ -533,8 +535,12 @@ def test_sft_answers_are_a_mixture_from_bad_to_perfect(data):
     assert 0.15 < sum(score >= 4.5 for score in scores) / len(scores) < 0.25
     parts = [gold.explain(prompt, answer) for prompt, answer in zip(prompts, answers)]
     assert not any("unknown" in part for part in parts)
-    results = [part["result"] for part in parts if part.get("result", 0) in (2.5, -2)]
-    assert 0.75 < sum(result == 2.5 for result in results) / len(results) < 1
+    results = defaultdict(list)
+    for prompt, part in zip(prompts, parts):
+        if "result" in part:
+            results[gold.read_prompt(prompt)[0]].append(part["result"] > 0)
+    assert 0.93 < sum(results["sum"]) / len(results["sum"]) < 1
+    assert 0.4 < sum(results["steps"]) / len(results["steps"]) < 0.65  # half of the writers guess
 
 
 def test_the_most_common_answer_is_mediocre(data):
@@ -544,15 +550,14 @@ def test_the_most_common_answer_is_mediocre(data):
     for row in data["sft_train.jsonl"]:
         if "prompt" in row:
             family, _ = gold.read_prompt(row["prompt"])
-            acts = tuple(act for act, _, _ in gold.read_text(gold.plain(row["completion"])))
-            answers[family].append((acts, gold_of(row["prompt"], row["completion"])))
+            sentences = gold.read_text(gold.plain(row["completion"]))
+            said = tuple(gold.template_key(gold.FILLER.sub("_", text)) for _, _, text in sentences)
+            answers[family].append((said, gold_of(row["prompt"], row["completion"])))
     for family, found in answers.items():
-        (common, _), *_ = Counter(acts for acts, _ in found).most_common(1)
-        scores = [score for acts, score in found if acts == common]
-        perfect = sum(score >= 4.5 for _, score in found) / len(found)
-        if family != "summarise":  # the acts of a vague and of a whole summary are the same
-            assert sum(scores) / len(scores) <= 2.5, (family, common)
-        assert perfect < 0.45, family
+        (common, _), *_ = Counter(said for said, _ in found).most_common(1)
+        scores = [score for said, score in found if said == common]
+        assert sum(scores) / len(scores) <= 2.5, (family, common)
+        assert sum(score >= 4.5 for _, score in found) / len(found) < 0.45, family
 
 
 @pytest.mark.parametrize("defect", prepare.DEFECTS)
@@ -597,7 +602,7 @@ def test_a_family_without_any_request_is_an_error_and_not_an_endless_loop(monkey
 def test_every_sum_of_the_pretraining_stories_is_true(data):
     found = 0
     for row in data["base_train.jsonl"]:
-        if not re.search("asked: |Dear|Hello|Hi ", row["text"]):
+        if not re.search("asked: |Dear|Hello|Hi |^Help|^Tell|^If|^Here is a sum", row["text"]):
             for a, op, b, c in re.findall(r"(\d+) (plus|minus) (\d+) is (\d+)", row["text"]):
                 assert int(c) == (int(a) + int(b) if op == "plus" else int(a) - int(b)), row
                 found += 1
@@ -699,10 +704,24 @@ def test_the_annotator_prefers_by_the_gold_reward(workshop, tmp_path, data, line
     better = 0
     for record in valid:
         chosen, rejected = gold.score([record["prompt"]] * 2, [record["chosen"], record["rejected"]])
-        assert record["probability"] == pytest.approx(annotate.preference(chosen, rejected, 3.0))
+        assert record["probability"] == pytest.approx(annotate.preference(chosen, rejected, 2.0))
         better += 0.5 * ((chosen > rejected) + (chosen >= rejected))  # equal ones half
     ceiling = sum(max(r["probability"], 1 - r["probability"]) for r in valid) / len(valid)
     assert ceiling > 0.6 and better / len(valid) == pytest.approx(ceiling, abs=0.05)  # the best that is possible
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_contrast_pairs_compare_with_the_answer_to_another_prompt_of_the_family(share):
+    names = [f"{family}{i}" for i in range(100) for family in ("a", "b")]
+    kept = [(name, (f"first of {name}", f"second of {name}")) for name in names]
+    found = annotate.contrast(kept, [name[0] for name in names], share, random.Random(0))
+    moved = 0
+    for (name, (first, second)), before in zip(found, kept, strict=True):
+        assert (name, first) == (before[0], before[1][0])
+        if second != before[1][1]:
+            moved += 1
+            assert second.startswith(f"first of {name[0]}") and second != first
+    assert moved == share * 200 if share in (0, 1) else 0.2 < moved / 200 < 0.4
 
 
 @pytest.mark.parametrize(
@@ -710,6 +729,7 @@ def test_the_annotator_prefers_by_the_gold_reward(workshop, tmp_path, data, line
     [
         (["--pairs", "0"], "--pairs must be at least 1, not 0"),
         (["--temperature", "0"], "--temperature must be above 0"),
+        (["--contrast", "1.5"], "--contrast must be between 0 and 1, not 1.5"),
         (["--policy", "nowhere", "--device", "cpu"], "no folder nowhere"),
         (["--policies", "out/sft"], "--policies"),
     ],
