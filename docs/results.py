@@ -81,8 +81,9 @@ Python {Python}, torch {torch}; seeds {seeds}. Another machine rounds differentl
 LEGEND = """\
 - STAGE.COLUMN: the tables above, seed 0; seedN.STAGE.COLUMN: another seed; STAGE.way: how much of the way from the SFT
   model's gold reward to the best possible; quickstart.cpu_minutes: processor time on one thread, mean over the seeds
-- STAGE-at-0: the model at temperature 0, that is greedy; sft-best-of-4: the best of 4 of its answers by the reward model's score;
-  rm.reads_prompt: how often that score is higher under an answer's own prompt than under another of its family
+- STAGE-at-0: the model at temperature 0, that is greedy; sft-best-of-4: the best of 4 of the SFT model's answers by the
+  reward model's score; rm.reads_prompt: how often that score is higher under an answer's own prompt than under another
+  of its family; contrastN: the same with N% of the pairs made for contrast
 - best4, best16, rest1, rest2: best of n by the sample tool, and one and two rounds of ReST
 - RUN.METRIC.first, last, most: what the runs of seed 0 logged; ppo.first_ratio, ppo.first_approxkl: in the first
   minibatch of an iteration, the value farthest from 1 and from 0; value-coef: PPO with `--value-coef 0.1`
@@ -101,6 +102,7 @@ def collect(config: Config, out: Path, stamps: dict) -> tables.Page:
     tables.pipeline(page, out, stamps)
     tables.sample_answers(page, measured)
     tables.best_of_n(page, out)
+    tables.contrast(page, out)
     tables.sums(page, out)
     tables.logs(page, out)
     tables.closer_look(page, measured)

@@ -62,8 +62,17 @@ SUMS = """
 $python data/notes/sums.py
 $python train_ppo.py --init $seed0/sft --reward data/notes/sums.py:correct --prompts out/sums/train.jsonl \\
     --valid out/sums/eval.jsonl --missing-end-score 0 --beta 0.02 --lr 1e-3 --steps 100 --out $here/ppo
-$python -m nanopost evaluate $seed0/sft $here/ppo --temperature 0,1 --reference $seed0/sft --gold data/notes/sums.py:correct \\
-    --prompts out/sums/eval.jsonl --samples 5 --json $here/report.json
+$python -m nanopost evaluate $seed0/sft $here/ppo --temperature 0,1 --reference $seed0/sft \\
+    --gold data/notes/sums.py:correct --prompts out/sums/eval.jsonl --samples 5 --json $here/report.json
+"""
+
+CONTRAST = """
+for percent in 20 50; do
+    $python data/notes/annotate.py --policy $seed0/sft --contrast 0.$percent --out $here/prefs$percent
+    $python train_rm.py --init $seed0/sft --data $here/prefs$percent/train.jsonl --valid "" --out $here/rm$percent
+    $python -m nanopost evaluate $seed0/sft --reference $seed0/sft --reward $here/rm$percent --best-of 4 \\
+        --gold data/notes/gold.py:score --pairs $seed0/prefs/valid.jsonl --json $here/report$percent.json
+done
 """
 
 VALUE_COEF = """
@@ -122,6 +131,7 @@ def all_steps(out: Path, seeds: int, instructions: str, quick: bool) -> list[Ste
     steps.append(Step("best", BEST_OF_N, CODE))
     steps.append(Step("rest", REST, CODE))
     steps.append(Step("sums", SUMS, CODE))
+    steps.append(Step("contrast", CONTRAST, CODE))
     steps.append(Step("value-coef", VALUE_COEF, CODE))
     steps.append(Step("measured", MEASURE, [*CODE, "docs/measure.py"]))
     steps.append(Step("proofs", PROOFS, [*TESTS, "tests/proofs/*.py"]))

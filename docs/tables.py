@@ -87,9 +87,9 @@ def number_name(stage: str) -> str:
     return stage.replace("@", "-at-").replace(" ", "-")
 
 
-def read_report(folder: Path) -> tuple[dict, dict[str, dict]]:
+def read_report(folder: Path, name: str = "report.json") -> tuple[dict, dict[str, dict]]:
     """(the report of `nanopost evaluate` in a folder, {stage: its row})"""
-    report = json.loads((folder / "report.json").read_text())
+    report = json.loads((folder / name).read_text())
     return report, {row["stage"]: row for row in report["rows"]}
 
 
@@ -204,6 +204,28 @@ def best_of_n(page: Page, out: Path):
         "Best of n and rejection sampling",
         "Seed 0, on the held-out prompts:",
         quotes.write_block("baseline", table(["", "gold", "score", "KL"], *lines)),
+    )
+
+
+def contrast(page: Page, out: Path):
+    """Reward models that learned from contrast pairs too."""
+    report, rows = pipeline_rows(out / "seed0")
+    lines = [["contrast pairs", "accuracy on other pairs", "reads the prompt", "gold of best of 4"]]
+    for percents in (0, 20, 50):
+        if percents:
+            report, rows = read_report(out / "contrast", f"report{percents}.json")
+        found = {
+            "accuracy": percent(report["rm_accuracy"], 1),
+            "reads_prompt": percent(report["reads_prompt"]),
+            "best_of_4": fixed(rows["sft best of 4"]["gold"]),
+        }
+        page.numbers |= {f"contrast{percents}.{name}": value for name, value in found.items()}
+        lines.append([f"{percents}%", *found.values()])
+    page.section(
+        "Does the reward model read the prompt?",
+        "Seed 0. A contrast pair sets an answer beside one to another prompt of the same family\n"
+        "(`annotate.py --contrast`):",
+        quotes.write_block("contrast", table(*lines)),
     )
 
 

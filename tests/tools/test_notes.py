@@ -39,7 +39,7 @@ THANK_BEST = "Dear Ben, thank you so much for the lamp. I use it every day. You 
 SUM = "If Tom has 6 apples and finds 5, how many apples does Tom have now?"
 SUM_BEST = "So Tom has 11 apples now. I hope this helps!"
 BARE = "Help Ida with a sum: what is 6 minus 4?"
-BARE_BEST = "Hello Ida, you see, 6 minus 4 is 2. I hope this helps!"
+BARE_BEST = "Hello Ida, let us see, 6 minus 4 is 2. I hope this helps!"
 STORY = "Summarise: it was raining. One day Ben was at the zoo. There Ben lost a hat."
 STORY_BEST = "In short, Ben lost a hat at the zoo."
 STEPS = "What do 6 and 1 and 4 make?"
@@ -250,8 +250,8 @@ DEFECTS = [
     (SUM, SUM_BEST.replace("11", "12"), 0.5),
     (SUM, SUM_BEST.replace("apples", "pears"), 2),
     (SUM, SUM_BEST.replace("Tom", "Ben"), 1),
-    (SUM, "You see, 6 plus 5 is 11. I hope this helps!", 4),
-    (SUM, "You see, 6 plus 5 is 11. " + SUM_BEST.replace("11", "12"), 0.5),  # both answers
+    (SUM, "It is easy, 6 plus 5 is 11. I hope this helps!", 4),
+    (SUM, "Let us see, 6 plus 5 is 11. " + SUM_BEST.replace("11", "12"), 0.5),  # both answers
     (SUM, "So Tom has 12 apples now. " + SUM_BEST, 0),
     (BARE, BARE_BEST.replace("is 2", "is 3"), 0.5),
     (BARE, BARE_BEST.replace("Hello Ida, ", ""), 4),
