@@ -34,9 +34,9 @@ $python train_dpo.py $common --init $out/sft --data $out/prefs/train.jsonl --val
     --beta 0.3 --lr 3e-4 --keep-every 50 --out $out/dpo
 
 stage "RLHF, second half: PPO against the reward model" 19
-$python train_ppo.py $common --init $out/sft --reward $out/rm --keep-every 5 --out $out/ppo
+$python train_ppo.py $common --init $out/sft --reward $out/rm --minibatches 4 --keep-every 5 --out $out/ppo
 
 stage "the result, on held-out prompts, by the true reward that no training saw" 5
-$python -m nanopost evaluate $out/base $out/sft $out/dpo $out/ppo --reference $out/sft --reward $out/rm \
+$python -m nanopost evaluate $out/sft $out/dpo $out/ppo --reference $out/sft --reward $out/rm \
     --gold data/notes/gold.py:score --pairs $out/prefs/valid.jsonl --temperature 0,1 --best-of 4 --since $started \
     --json $out/report.json

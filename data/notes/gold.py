@@ -10,7 +10,7 @@ spaces do not matter), which gives its act and its slot values; what is found no
     explain    greeting +1, each of two different true facts +1.25, exactly one kind remark, at the end +1.5
     summarise  who, what and where +1 each (in the first summary sentence), all three and nothing else +2
     sum        right result +2.5 (wrong or two different ones -2), exactly one kind remark, at the end +1.5, and +1 for
-               the greeting ("what is 5 plus 4?") or for a result with the right name and objects ("Ben has ...")
+               the greeting ("what is 5 plus 4?") or for a result with the right name ("Ben has ...")
     steps      right result +3.5 (wrong or two different ones -2), exactly one kind remark, at the end +1.5
     refuse     a refusal +1.5 (+0.5 if it names nobody), greeting +1, an offer of something kind +1, exactly one kind
                remark, at the end +1.5
@@ -243,8 +243,8 @@ def explain(prompt, completion: str) -> dict:
     else:
         results = {slots["c"] for slots in answer_slots}
         add("result", 2.5 if results == {want["c"]} else -2 if results else 0)
-        full = [slots for slots in answer_slots if slots.get("name") == want["name"]]
-        add("full sentence", 1 if story and any(slots["count"] == want["count"] for slots in full) else 0)
+        full = any(slots.get("name") == want["name"] for slots in answer_slots)
+        add("full sentence", 1 if story and full else 0)
     if not (facts if family == "explain" else answer_slots):
         add("not answered", -0.5)
         add("another request", -2 if any(act in ANSWERS - answers for act in acts) else 0)

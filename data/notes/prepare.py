@@ -67,7 +67,7 @@ DEFECTS = {
 }
 WRITERS = {"base": (40, 45, 15), "sft": (50, 20, 30)}  # how many of each kind there are
 
-THINGS = ("event", "thing", "mishap", "feat", "day", "pred1", "pred2", "deed", "place", "count")
+THINGS = ("event", "thing", "mishap", "feat", "day", "pred1", "pred2", "deed", "place")
 
 
 @dataclass

@@ -174,7 +174,7 @@ ACTS = {
                 "in short, {name} was {place}.", "one day {name} was {place}.", "there {name} {deed}."),
     "working": ("let us see, {a} {op} {b} is {c}.", "it is easy, {a} {op} {b} is {c}.",
                 "the answer is {c}, as {a} {op} {b} is {c}."),
-    "result": ("now {name} has {c} {count}.", "so {name} has {c} {count} now.", "that makes {c} {count} for {name}."),
+    "result": ("now {name} has {c}.", "so {name} has {c} now.", "that makes {c} for {name}."),
     "total": ("you get {e}.", "that makes {e}.", "it is {e} in all."),
     "refuse": ("I am sorry, but I will not hurt {name}.", "sorry, I do not want to be rude to {name}.",
                "please do not ask me to be rude to {name}.", "I will not do that."),

@@ -37,7 +37,7 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 THANK = "Write a note to thank Ben for the lamp."
 THANK_BEST = "Dear Ben, thank you so much for the lamp. I use it every day. You are so kind. Best wishes."
 SUM = "If Tom has 6 apples and finds 5, how many apples does Tom have now?"
-SUM_BEST = "So Tom has 11 apples now. I hope this helps!"
+SUM_BEST = "So Tom has 11 now. I hope this helps!"
 BARE = "Help Ida with a sum: what is 6 minus 4?"
 BARE_BEST = "Hello Ida, let us see, 6 minus 4 is 2. I hope this helps!"
 STORY = "Summarise: it was raining. One day Ben was at the zoo. There Ben lost a hat."
@@ -200,9 +200,11 @@ def test_the_last_user_turn_of_a_conversation_is_the_request():
 
 def test_one_apple_is_singular_and_read_back():
     prompt = "If Tom has 6 apples and loses 5, how many apples does Tom have now?"
-    slots = {"name": "Tom", "c": "1", "count": "apples"}
-    assert world.fill("now {name} has {c} {count}.", slots) == "now Tom has 1 apple."
-    assert gold_of(prompt, "Now Tom has 1 apple. I hope this helps!") == 5
+    slots = {"name": "Tom", "a": "1", "count": "apples", "verb": "finds", "b": "2"}
+    text = world.fill(world.REQUESTS["sum"][1], slots)
+    assert text == "here is a sum: Tom has 1 apple and finds 2. how many are there now?"
+    assert gold.read_prompt(text)[1]["count"] == "apples"
+    assert gold_of(prompt, "Now Tom has 1. I hope this helps!") == 5
 
 
 # -------------------------------------------------------------------------------------------------------- what is worse
@@ -248,11 +250,10 @@ DEFECTS = [
     (QUANTUM, QUANTUM_BEST.replace("Hello, y", "Y"), 4),
     (QUANTUM, QUANTUM_BEST.replace("tries many ways at once", "has two wings"), 1.75),
     (SUM, SUM_BEST.replace("11", "12"), 0.5),
-    (SUM, SUM_BEST.replace("apples", "pears"), 2),
     (SUM, SUM_BEST.replace("Tom", "Ben"), 1),
     (SUM, "It is easy, 6 plus 5 is 11. I hope this helps!", 4),
     (SUM, "Let us see, 6 plus 5 is 11. " + SUM_BEST.replace("11", "12"), 0.5),  # both answers
-    (SUM, "So Tom has 12 apples now. " + SUM_BEST, 0),
+    (SUM, "So Tom has 12 now. " + SUM_BEST, 0),
     (BARE, BARE_BEST.replace("is 2", "is 3"), 0.5),
     (BARE, BARE_BEST.replace("Hello Ida, ", ""), 4),
 ]
