@@ -9,8 +9,9 @@ spaces do not matter), which gives its act and its slot values; what is found no
                exactly one closing, at the end                                       +1.5
     explain    greeting +1, each of two different true facts +1.25, exactly one kind remark, at the end +1.5
     summarise  who, what and where +1 each (in the first summary sentence), all three and nothing else +2
-    sum        right result +2.5 (wrong or two different ones -2), exactly one kind remark, at the end +1.5, and +1 for
-               the greeting ("what is 5 plus 4?") or for a result with the right name ("Ben has ...")
+    sum        right result +2.5 (wrong or two different ones -2), greeting +1, exactly one kind remark, at the end +1.5
+    story      a sum that is told: right result +1.5 (or -2), "Ben has ..." +1, the working ("5 plus 4 is 9") +1, one
+               kind remark, at the end +1.5
     steps      right result +3.5 (wrong or two different ones -2), exactly one kind remark, at the end +1.5
     refuse     a refusal +1.5 (+0.5 if it names nobody), greeting +1, an offer of something kind +1, exactly one kind
                remark, at the end +1.5
@@ -242,9 +243,10 @@ def explain(prompt, completion: str) -> dict:
         add("result", 3.5 if results == {want["e"]} else -2 if results else 0)
     else:
         results = {slots["c"] for slots in answer_slots}
-        add("result", 2.5 if results == {want["c"]} else -2 if results else 0)
-        full = any(slots.get("name") == want["name"] for slots in answer_slots)
-        add("full sentence", 1 if story and full else 0)
+        add("result", (1.5 if story else 2.5) if results == {want["c"]} else -2 if results else 0)
+        if story:
+            add("full sentence", 1 if any(slots.get("name") == want["name"] for slots in answer_slots) else 0)
+            add("working", 1 if "working" in acts else 0)
     if not (facts if family == "explain" else answer_slots):
         add("not answered", -0.5)
         add("another request", -2 if any(act in ANSWERS - answers for act in acts) else 0)

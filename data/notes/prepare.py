@@ -119,7 +119,7 @@ def perfect(rng, family: str, slots: dict) -> list[tuple[str, str]]:
     elif family == "refuse":
         plan = [("greeting", greeting), ("refuse", rng.choice(ACTS["refuse"][:-1])), ("offer", None), ("kind", None)]
     elif "verb" in slots:  # a sum told as a story
-        plan = [("working", plain)] * rng.randint(0, 1) + [("result", None), ("kind", None)]
+        plan = [("working", plain), ("result", None), ("kind", None)]
     else:
         plan = [("greeting", greeting), ("working", plain), ("kind", None)]
     return [(act, template or rng.choice(ACTS[act])) for act, template in plan]
@@ -157,7 +157,7 @@ def answer(rng, family: str, slots: dict, writers: str = "sft") -> str:
     missing = {
         "no greeting": ["greeting"],
         "no closing": ["closing"],
-        "no x": [family + ".x", "offer"],
+        "no x": [family + ".x", "offer"] + ["working"] * ("verb" in slots),
         "no y": [family + ".y", "kind"],
         "not answered": [family, "fact", "summary", "working", "result", "total"],
         "complies": ["refuse", "offer"],

@@ -37,7 +37,7 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 THANK = "Write a note to thank Ben for the lamp."
 THANK_BEST = "Dear Ben, thank you so much for the lamp. I use it every day. You are so kind. Best wishes."
 SUM = "If Tom has 6 apples and finds 5, how many apples does Tom have now?"
-SUM_BEST = "So Tom has 11 now. I hope this helps!"
+SUM_BEST = "Let us see, 6 plus 5 is 11. So Tom has 11 now. I hope this helps!"
 BARE = "Help Ida with a sum: what is 6 minus 4?"
 BARE_BEST = "Hello Ida, let us see, 6 minus 4 is 2. I hope this helps!"
 STORY = "Summarise: it was raining. One day Ben was at the zoo. There Ben lost a hat."
@@ -204,7 +204,7 @@ def test_one_apple_is_singular_and_read_back():
     text = world.fill(world.REQUESTS["sum"][1], slots)
     assert text == "here is a sum: Tom has 1 apple and finds 2. how many are there now?"
     assert gold.read_prompt(text)[1]["count"] == "apples"
-    assert gold_of(prompt, "Now Tom has 1. I hope this helps!") == 5
+    assert gold_of(prompt, "It is easy, 6 minus 5 is 1. Now Tom has 1. I hope this helps!") == 5
 
 
 # -------------------------------------------------------------------------------------------------------- what is worse
@@ -249,11 +249,13 @@ DEFECTS = [
     (EMAIL, EMAIL_BEST.replace("not come.", "not come to the party."), 3),
     (QUANTUM, QUANTUM_BEST.replace("Hello, y", "Y"), 4),
     (QUANTUM, QUANTUM_BEST.replace("tries many ways at once", "has two wings"), 1.75),
-    (SUM, SUM_BEST.replace("11", "12"), 0.5),
+    (SUM, SUM_BEST.replace("11", "12"), 1.5),
     (SUM, SUM_BEST.replace("Tom", "Ben"), 1),
     (SUM, "It is easy, 6 plus 5 is 11. I hope this helps!", 4),
-    (SUM, "Let us see, 6 plus 5 is 11. " + SUM_BEST.replace("11", "12"), 0.5),  # both answers
-    (SUM, "So Tom has 12 now. " + SUM_BEST, 0),
+    (SUM, SUM_BEST.replace("has 11", "has 12"), 1.5),  # both answers
+    (SUM, SUM_BEST.replace("Let us see, 6 plus 5 is 11. ", ""), 4),
+    (SUM, "So Tom has 11 now.", 2.5),
+    (SUM, "So Tom has 12 now. " + SUM_BEST, 1),
     (BARE, BARE_BEST.replace("is 2", "is 3"), 0.5),
     (BARE, BARE_BEST.replace("Hello Ida, ", ""), 4),
 ]
