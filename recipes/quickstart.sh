@@ -21,7 +21,7 @@ $python train_sft.py $common --init scratch --data data/notes/base_train.jsonl -
 
 stage "SFT: imitate demonstrations, most of them curt" 17
 $python train_sft.py $common --init $out/base --data data/notes/sft_train.jsonl --valid data/notes/sft_valid.jsonl \
-    --lr 2e-3 --epochs 1.8 --out $out/sft
+    --lr 2e-3 --epochs 1.6 --out $out/sft
 
 stage "preferences: two answers of the SFT model to each prompt, judged by the simulated annotator" 8
 $python data/notes/annotate.py --seed $seed --policy $out/sft --out $out/prefs
