@@ -1,7 +1,7 @@
 """What the tests share: a byte-level tokenizer, tiny models, and a workshop of toy data on which every script runs.
 
 Fixtures: tokenizer, tiny, lines, workshop, metrics, command, tool, gpt2, in_float64. Helpers to import: ROOT, SCRIPTS,
-and, for the folders of runs and for runs that die, those at the end.
+FORKS and, for the folders of runs and for runs that die, those at the end.
 """
 
 import ast
@@ -21,9 +21,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sft", "rm", "dpo", "ppo"]
+FORKS = ["ipo", "grpo"]  # in forks/
 
 # as in pyproject.toml, for processes that pytest did not start
-for folder in (ROOT / "tests" / "proofs", ROOT / "data" / "notes", ROOT):
+for folder in (ROOT / "tests" / "proofs", ROOT / "data" / "notes", ROOT / "forks", ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
@@ -168,8 +169,9 @@ class Workshop:
                 init=self.path("sft"), reward=self.path("rm"), eval_prompts=4, epochs=2, minibatches=2, warmup=0,
                 **prompts,
             ),
-        }[script]  # fmt: skip
-        return self.module(script).Config(**{**common, **own, **options})
+        }  # fmt: skip
+        own |= {"ipo": own["dpo"], "grpo": own["ppo"]}
+        return self.module(script).Config(**{**common, **own[script], **options})
 
     def module(self, script: str):
         return importlib.import_module(f"train_{script}")
