@@ -438,6 +438,241 @@ PPO = {
     ],
 }
 
+GRPO = {
+    "train_grpo.group_advantages": [
+        ("the standard deviation of the batch, not of the group", "groups.std(1, keepdim=True)", "groups.std()"),
+        ("the mean of the batch, not of the group", "groups.mean(1, keepdim=True)", "groups.mean()"),
+        ("the mean of the others with the answer itself", '(others if baseline == "loo" else mean)', "mean"),
+        ("the mean of all k without the answer", '(others if baseline == "loo" else mean)', "others"),
+        ("answers of a group k apart, not side by side", "rewards.view(-1, k)", "rewards.view(k, -1).T"),
+        ("k answers in the mean of k - 1", "/ (k - 1)", "/ k"),
+        ("the sum of the others, not their mean", "/ (k - 1)", ""),
+        ("the wrong sign", "advantages = groups - (", "advantages = -groups + ("),
+        ("the variance, not its root", "groups.std(1, keepdim=True)", "groups.var(1, keepdim=True)"),
+        ("k in the denominator of the variance", "std(1, keepdim=True)", "std(1, keepdim=True, correction=0)"),
+        (
+            "the range, not the standard deviation",
+            "groups.std(1, keepdim=True)",
+            "(groups.amax(1) - groups.amin(1))[:, None]",
+        ),
+        ("equal rewards divided by 0", " + 1e-4 if", " if"),
+        ("always divided by the standard deviation", " if divide_by_std else 1.0", ""),
+    ],
+    "train_grpo.policy_loss": [
+        (
+            "the optimist's bound for bad tokens alone",
+            "torch.max(unclipped, clipped)",
+            "torch.where(advantages < 0, torch.min(unclipped, clipped), torch.max(unclipped, clipped))",
+        ),
+        (
+            "the end token left out",
+            ".masked_fill(~mask, 0.0)\n    return",
+            ".masked_fill(~mask | (mask.long().cumsum(1) == mask.sum(1, keepdim=True)), 0.0)\n    return",
+        ),
+        (
+            "the mean of every answer, then over answers",
+            "(losses / (mask.sum() if count is None else count)).sum()",
+            "losses.sum(1).div(mask.sum(1)).sum() / (len(mask) if count is None else count)",
+        ),
+        ("the ratio upside down", "logprobs - old_logprobs", "old_logprobs - logprobs"),
+        ("no clip", "ratio.clamp(1 - clip, 1 + clip)", "ratio"),
+        ("clipped always, never the larger loss", "torch.max(unclipped, clipped)", "clipped"),
+        (
+            "padding in the loss",
+            "torch.max(unclipped, clipped).masked_fill(~mask, 0.0)",
+            "torch.max(unclipped, clipped)",
+        ),
+        ("a denominator of its own for every micro-batch", "mask.sum() if count is None else count", "mask.sum()"),
+    ],
+    "train_grpo.kl_loss": [
+        ("k3 upside down", "torch.expm1(-k1) + k1", "torch.expm1(k1) - k1"),
+        ("k1 as a loss, which has no gradient", "torch.expm1(-k1) + k1", "k1"),
+        ("k2 of each token, not of the answer", "0.5 * k1.sum(1, keepdim=True) ** 2", "0.5 * k1**2"),
+        ("k3 of the answer, not of each token", "torch.expm1(-k1) + k1", "torch.expm1(-k1.sum(1)) + k1.sum(1)"),
+        ("k2 and k3 swapped", 'kind == "k2"', 'kind == "k3"'),
+        ("policy and reference swapped", "logprobs - ref_logprobs", "ref_logprobs - logprobs"),
+        ("k2 without its half", "0.5 * k1", "k1"),
+        ("k3 without its - 1", "torch.expm1(-k1)", "torch.exp(-k1)"),
+        ("padding in the penalty", ".masked_fill(~mask, 0.0)", ""),
+        ("a denominator of its own for every micro-batch", "mask.sum() if count is None else count", "mask.sum()"),
+    ],
+    "train_grpo.rollout": [
+        ("the reference at another temperature", "batch.index, config.temperature)", "batch.index)"),
+        ("sampled at another temperature", '"temperature": config.temperature', '"temperature": 1.0'),
+        ("truncated sampling for a loss that knows nothing of it", '"pad": tokenizer.pad', '"pad": 0, "top_k": 2'),
+        (
+            "truncated sampling, scored as if it were not",
+            "tokenizer.end, **options)",
+            "tokenizer.end, top_k=2, **options)\n"
+            "    hidden = models.policy(batch.ids)\n"
+            "    batch.logprobs = models.policy.logprobs(hidden, batch.ids, batch.index, config.temperature)",
+        ),
+        ("answers graded against another prompt", "models.score(prompts, batch)", "models.score(prompts[::-1], batch)"),
+        (
+            "cut-off answers are paid like others",
+            "torch.where(batch.ended, scores, config.missing_end_score)",
+            "scores",
+        ),
+        ("the policy is its own reference", "models.reference.logprobs(hidden", "models.policy.logprobs(hidden"),
+    ],
+    "train_grpo.minibatch_loss": [
+        ("the KL as a bonus", "pg_loss + config.beta * kl", "pg_loss - config.beta * kl"),
+        ("the KL of the old policy, which has no gradient", "kl_loss(logprobs, ", "kl_loss(batch.logprobs, "),
+        ("the KL to the old policy", "batch.ref_logprobs", "batch.logprobs"),
+        ("beta left out", "config.beta * kl", "kl"),
+        ("the KL loss left out", "pg_loss + config.beta * kl", "pg_loss"),
+        ("always k3", "config.kl, count)", '"k3", count)'),
+        ("the KL with another denominator", "config.kl, count)", "config.kl, tokens)"),
+        ("the mean over each answer always", " if config.length_mean else tokens", ""),
+        (
+            "the mean over each answer never",
+            "answers * batch.mask.sum(1, keepdim=True) if config.length_mean else ",
+            "",
+        ),
+        ("the sum over answers, not the mean", "answers * batch", "batch"),
+        ("the padded width as the length", "batch.mask.sum(1, keepdim=True)", "batch.mask.shape[1]"),
+        ("log-probabilities at another temperature", "batch.index, config.temperature)", "batch.index)"),
+        ("a denominator of its own for every micro-batch", "config.clip, count)", "config.clip)"),
+        ("the clip not handed on", "batch.mask, config.clip, count)", "batch.mask, count=count)"),
+        ("the squared log-ratio without its half", "0.5 * log_ratio**2", "log_ratio**2"),
+        (
+            "tokens counted as clipped that still learn",
+            "-advantages * ratio < -advantages * ratio.clamp(1 - config.clip, 1 + config.clip)",
+            "(ratio - 1).abs() > config.clip",
+        ),
+    ],
+    "train_grpo.update": [
+        ("the KL as a bonus", "batch.scores - beta", "batch.scores + beta"),
+        ("policy and reference swapped", "batch.logprobs - batch.ref_logprobs", "batch.ref_logprobs - batch.logprobs"),
+        ("the KL per token, not per answer", "ref_logprobs).sum(1)", "ref_logprobs).sum(1) / batch.mask.sum(1)"),
+        ("the KL in the rewards and as a loss", 'config.beta if config.kl == "reward" else 0.0', "config.beta"),
+        ("the KL in no place", 'config.beta if config.kl == "reward" else 0.0', "0.0"),
+        ("groups of another size", "config.k, config.baseline", "2 * config.k, config.baseline"),
+        ("the baseline not handed on", "config.baseline, config", '"loo", config'),
+        ("the standard deviation not handed on", ", config.divide_by_std)", ")"),
+        (
+            "divided by the batch's standard deviation on top",
+            "advantages[:, None] * batch.mask",
+            "(advantages / advantages.std())[:, None] * batch.mask",
+        ),
+        (
+            "the advantage shared out among the tokens",
+            "advantages[:, None] * batch.mask",
+            "advantages[:, None] * batch.mask / batch.mask.sum(1, keepdim=True)",
+        ),
+        (
+            "the advantage on the last token alone",
+            "advantages[:, None] * batch.mask",
+            "advantages[:, None] * (batch.mask & (batch.mask.long().cumsum(1) == batch.mask.sum(1, keepdim=True)))",
+        ),
+        (
+            "groups made after shuffling",
+            "rewards = batch.scores",
+            "batch = batch.rows(torch.randperm(len(batch)))\n    rewards = batch.scores",
+        ),
+        (
+            "a mean of means over micro-batches",
+            "count = batch.mask[rows].sum()",
+            "count = batch.mask[rows].sum() / len(micro_batches(rows, config.micro_batch)) ** 0.5",
+        ),
+        ("the answers of a micro-batch as those of all", "len(rows), config)", "len(part), config)"),
+        ("one epoch only", "range(config.epochs)", "range(1)"),
+        ("minibatches make no steps of their own", "tensor_split(config.minibatches)", "tensor_split(1)"),
+        ("rows drawn with replacement", "torch.randperm(len(batch))", "torch.randint(len(batch), (len(batch),))"),
+        ("never shuffled", "torch.randperm(len(batch))", "torch.arange(len(batch))"),
+        ("the log has the last micro-batch only", "value + stats.get(name, 0.0)", "value"),
+        ("the gradient is never clipped", "config.grad_clip", "0.0"),
+    ],
+    "train_grpo.answer_means": [
+        ("the KL with the wrong sign", "batch.logprobs - batch.ref_logprobs", "batch.ref_logprobs - batch.logprobs")
+    ],
+    "train_grpo.statistics": [
+        ("answers of a group k apart, not side by side", ".view(-1, config.k)", ".view(config.k, -1).T"),
+        ("answers counted, not groups", ".all(1)", ""),
+        ("groups counted that are not equal", ".all(1)", ".all(1).logical_not()"),
+        ("the objective with a bonus", '["scores"] - config.beta', '["scores"] + config.beta'),
+    ],
+    "train_grpo.main": [
+        (
+            "the prompts over and over, where a group stands side by side",
+            "[i for i in islice(order, size) for _ in range(config.k)]",
+            "list(islice(order, size)) * config.k",
+        ),
+        (
+            "a group with the same random numbers, so all its answers are equal",
+            "torch.rand(config.batch_size, config.max_new_tokens)",
+            "torch.rand(size, config.max_new_tokens).repeat_interleave(config.k, 0)",
+        ),
+        (
+            "the same random numbers in every iteration",
+            "torch.rand(config.batch_size, config.max_new_tokens)",
+            "torch.rand(config.batch_size, config.max_new_tokens, generator=torch.Generator().manual_seed(0))",
+        ),
+        (
+            "answers graded against another prompt",
+            "asked, asked_ids = [prompts[i] for i in rows]",
+            "asked, asked_ids = [prompts[i] for i in sorted(rows)]",
+        ),
+        (
+            "held-out answers graded against another prompt",
+            "in_parts(play, valid, valid_ids,",
+            "in_parts(play, valid[::-1], valid_ids,",
+        ),
+        ("the same prompts in every iteration", "for i in islice(order, size)", "for i in range(size)"),
+        ("the reference is the policy itself", "freeze(copy.deepcopy(policy))", "policy"),
+        (
+            "the same rollout learned from twice",
+            "stats = statistics(",
+            "update(run, models, optimizer, batch, config)\n        stats = statistics(",
+        ),
+        ("another eps of Adam", ", eps=1e-5", ""),
+        ("the learning rate never falls", "config.lr * schedule(step, config.steps, config.warmup)", "config.lr"),
+        ("dropout on in the updates", "run.compile(policy)", "policy.train()"),
+    ],
+}
+
+IPO = {
+    "train_ipo.ipo_loss": [
+        (
+            "the margin of the implicit rewards, not of the log-ratios",
+            " - rejected_rewards) / beta",
+            " - rejected_rewards)",
+        ),
+        ("twice the target", "(h - 1 / (2 * beta))", "(h - 1 / beta)"),
+        ("a target without beta", "(h - 1 / (2 * beta))", "(h - 1)"),
+        ("DPO's loss", "(h - 1 / (2 * beta)) ** 2", "torch.nn.functional.softplus(-beta * h)"),
+        ("no loss beyond the target, which is a hinge", "(h - 1 / (2 * beta))", "(h - 1 / (2 * beta)).clamp(max=0)"),
+        ("the distance, not its square", "(h - 1 / (2 * beta)) ** 2", "(h - 1 / (2 * beta)).abs()"),
+        ("chosen and rejected swapped", "chosen_rewards - rejected_rewards", "rejected_rewards - chosen_rewards"),
+        ("without a reference", "policy_chosen - ref_chosen", "policy_chosen"),
+        ("the signs of one side swapped", "policy_rejected - ref_rejected", "ref_rejected - policy_rejected"),
+        ("the smoothed label added, not mixed in", "(1 - label_smoothing) * ", ""),
+        ("the smoothed label with the target of the right one", "(h + 1 / (2 * beta))", "(h - 1 / (2 * beta) )"),
+        ("gradient through the logged rewards", "chosen_rewards.detach()", "chosen_rewards"),
+        ("the logged rewards without beta", "chosen_rewards.detach(), rej", "chosen_rewards.detach() / beta, rej"),
+    ],
+    "train_ipo.pair_logprobs": [
+        ("the mean over the answer's tokens", ".sum(1)", ".sum(1).div(batch.mask.sum(1))"),
+        ("the end token left out", "batch.index)", "batch.index[torch.isin(batch.index, batch.index - 1)])"),
+        ("the sides swapped", ".chunk(2)", ".chunk(2)[::-1]"),
+    ],
+    "train_ipo.batch_loss": [
+        ("beta not handed on", "config.beta,", "0.1,"),
+        ("label smoothing not handed on", "config.label_smoothing", "0.0"),
+        ("the reference's sides swapped", "ref_chosen, ref_rejected = to_", "ref_rejected, ref_chosen = to_"),
+    ],
+    "train_ipo.update": [
+        ("a mean of means over micro-batches", "losses.sum() / len(pairs)", "losses.mean()"),
+        ("the reference's log-probabilities of other rows", "ref_logprobs[rows]", "ref_logprobs[: len(rows)]"),
+    ],
+    "train_ipo.main": [
+        ("the reference's log-probabilities of other rows", "ref_logprobs[rows]", "ref_logprobs[: len(rows)]"),
+        ("the reference moves with the policy", "ref_logprobs[rows]", "reference_logprobs(policy, batch, run.device)"),
+        ("twice the epochs", "round(config.epochs *", "round(2 * config.epochs *"),
+        ("the learning rate never falls", "config.lr * schedule(step, total, warmup)", "config.lr"),
+    ],
+}
+
 DATA = {
     "nanopost.data.collate": [
         ("the mask not shifted", "mask[:, 1:]", "mask[:, :-1]"),
@@ -671,4 +906,4 @@ RUN = {
     ],
 }
 
-MUTANTS = SFT | REWARD_MODEL | DPO | PPO | DATA | MODEL | SAMPLING | RUN
+MUTANTS = SFT | REWARD_MODEL | DPO | PPO | GRPO | IPO | DATA | MODEL | SAMPLING | RUN

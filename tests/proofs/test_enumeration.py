@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import train_dpo
+import train_grpo
+import train_ipo
 import train_ppo
 import train_rm
 import train_sft
@@ -365,6 +367,14 @@ def everything_as_a_rollout(policy, reference, scores, beta, lam, values=None):
     return batch
 
 
+def everything_as_groups(policy, reference, scores):
+    """All 40 answers as the Batch of GRPO's rollout."""
+    batch = Batch(IDS, MASK, LENGTHS, scores=scores, ended=FINISHED)
+    with torch.no_grad():
+        batch.logprobs, batch.ref_logprobs = (m.logprobs(m(IDS), IDS, batch.index) for m in (policy, reference))
+    return batch
+
+
 def own_rollout(policy):
     """Everything as a rollout, with the values of the policy's own head, as rollout() makes it."""
     values = policy.scalar(policy(IDS))[:, :-1].detach().masked_fill(~MASK, 0.0)
@@ -493,7 +503,9 @@ def test_the_best_value_function_is_the_expected_return():
 
 # ------------------------------------------------------------------------------------- one step of each of the scripts
 
-SCRIPTS = {"sft": train_sft, "rm": train_rm, "dpo": train_dpo, "ppo": train_ppo}
+SCRIPTS = {
+    "sft": train_sft, "rm": train_rm, "dpo": train_dpo, "ppo": train_ppo, "ipo": train_ipo, "grpo": train_grpo
+}  # fmt: skip
 PAIRS = pairs_of(EVERY_PAIR[::151])  # 11 pairs of different lengths
 
 
@@ -501,14 +513,18 @@ class Training:
     """A script's own update() on all answers or pairs, by plain gradient descent with learning rate 1."""
 
     def __init__(self, script, micro_batch=0, grad_clip=0.0, backwards=False):
-        options = dict(epochs=1, minibatches=1, clip=99.0, value_clip=99.0) if script == "ppo" else {}
+        whole = dict(epochs=1, minibatches=1, clip=99.0)  # one step on all answers
+        options = {"ppo": dict(value_clip=99.0, **whole), "grpo": dict(batch_size=40, **whole)}.get(script, {})
         common = dict(device="cpu", out=NOWHERE, micro_batch=micro_batch, grad_clip=grad_clip)
         self.script, self.config = script, SCRIPTS[script].Config(**common, **options)
         self.run, self.order = Run(script, self.config), -1 if backwards else 1
         torch.manual_seed(0)
-        self.model = tiny_gpt(1) if script in ("sft", "dpo") else tiny_gpt(1).add_head(std=0.2)
+        self.model = tiny_gpt(1).add_head(std=0.2) if script in ("rm", "ppo") else tiny_gpt(1)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
-        self.rollout = own_rollout(self.model) if script == "ppo" else None
+        if script == "ppo":
+            self.rollout = own_rollout(self.model)
+        if script == "grpo":
+            self.rollout = everything_as_groups(self.model, tiny_gpt(2), random_scores(3))
 
     def parameters(self):
         return [p.detach().clone() for p in self.model.parameters()]
@@ -521,14 +537,19 @@ class Training:
             stats = train_sft.update(*tools, EXAMPLES[:: self.order], self.config)
         if self.script == "rm":
             stats = train_rm.update(*tools, pairs, self.config)
-        if self.script == "dpo":
-            ref = train_dpo.reference_logprobs(tiny_gpt(2), pairs, "cpu")
-            stats = train_dpo.update(*tools, pairs, ref, self.config)
+        if self.script in ("dpo", "ipo"):
+            ref = SCRIPTS[self.script].reference_logprobs(tiny_gpt(2), pairs, "cpu")
+            stats = SCRIPTS[self.script].update(*tools, pairs, ref, self.config)
         if self.script == "ppo":
             models = train_ppo.Models(self.model, self.model, None, None)
             batch = self.rollout.rows(torch.tensor(list(range(40))[:: self.order]))
             [stats] = train_ppo.update(self.run, models, self.optimizer, batch, self.config)
             stats["loss"] = stats["loss/policy"] + 0.5 * stats["loss/value"]
+        if self.script == "grpo":
+            models = train_grpo.Models(self.model, None, None)
+            batch = self.rollout.rows(torch.tensor(list(range(40))[:: self.order]))
+            [stats] = train_grpo.update(self.run, models, self.optimizer, batch, self.config)
+            stats["loss"] = stats["loss/policy"]
         assert not stats["loss"].requires_grad
         return stats["loss"], stats["grad_norm"]
 
@@ -543,12 +564,17 @@ class Training:
                 for sides in zip(*((pair.chosen, pair.rejected) for pair in PAIRS))
             )
             return torch.log1p((rejected - chosen).exp()).mean()
-        if self.script == "dpo":
+        if self.script in ("dpo", "ipo"):
             moved = gpt_logprobs(model) - gpt_logprobs(tiny_gpt(2)).detach()
             h = torch.stack([moved[i] - moved[j] for i, j in EVERY_PAIR[::151]])
-            return torch.log1p((-0.1 * h).exp()).mean()
+            return torch.log1p((-0.1 * h).exp()).mean() if self.script == "dpo" else ((h - 5) ** 2).mean()
         batch, hidden = self.rollout, model(IDS)
         logp = model.logits(hidden).log_softmax(-1)[:, :-1].gather(2, IDS[:, 1:, None])[..., 0]
+        if self.script == "grpo":  # ten groups of four: an answer's reward beyond the mean of the other three
+            rewards = batch.scores - 0.1 * (batch.logprobs - batch.ref_logprobs).sum(1)
+            groups = rewards.view(10, 4)
+            beyond = groups - (groups.sum(1, keepdim=True) - groups) / 3
+            return -((logp - batch.logprobs).exp() * beyond.view(40, 1))[MASK].sum() / MASK.sum()
         mean, variance = batch.advantages[MASK].mean(), batch.advantages[MASK].var(correction=0)
         white = (batch.advantages - mean) / (variance + 1e-8).sqrt()
         surrogate = ((logp - batch.logprobs).exp() * white)[MASK].sum()

@@ -75,9 +75,8 @@ def test_advantages_are_divided_by_the_standard_deviation_of_their_own_group():
 @pytest.mark.parametrize("divide_by_std", [False, True])
 @pytest.mark.parametrize("baseline", ["loo", "group"])
 def test_advantages_of_a_group_with_equal_rewards_are_0_and_finite(baseline, divide_by_std):
-    """So such a group has no policy gradient. In single precision a mean of equal numbers may be off by its rounding."""
+    """So it has no policy gradient. In single precision the mean of equal numbers may be off by a rounding."""
     equal = torch.full((6,), 0.1)
-    at_most(train_grpo.group_advantages(equal, 3, baseline, divide_by_std).abs().max(), 1e-3 if divide_by_std else 1e-7)
     both = torch.cat([equal[:3], torch.tensor([0.0, 0.0, 1.0])])
     advantages = train_grpo.group_advantages(both, 3, baseline, divide_by_std)
     at_most(advantages[:3].abs().max(), 1e-3 if divide_by_std else 1e-7)
@@ -280,7 +279,9 @@ def an_update(micro_batch=0, **options):
     """A step with learning rate 1 on the 40 answers, as 20 groups of 2 -> the gradient that was followed, and that of
     the loss as it is defined."""
     policy, reference = tiny_gpt(3), tiny_gpt(2)
-    config = config_of(**{"k": 2, "epochs": 1, "minibatches": 1, "grad_clip": 0.0, "micro_batch": micro_batch} | options)
+    config = config_of(
+        **{"k": 2, "epochs": 1, "minibatches": 1, "grad_clip": 0.0, "micro_batch": micro_batch} | options
+    )
     batch = all_answers(policy, reference, torch.zeros(40).double())
     batch.scores, batch.ended = random_scores(3), FINISHED
     kl_of_answers = (batch.logprobs - batch.ref_logprobs).sum(1)
@@ -423,7 +424,9 @@ def test_grpo_with_the_kl_in_the_reward_brings_the_transformer_to_the_optimum(ba
 
 
 def test_ipo_loss_is_the_squared_distance_of_the_margin_from_one_over_two_beta():
-    losses, good, bad = train_ipo.ipo_loss(tensor(-10, -20), tensor(-12, -15), tensor(-11, -18), tensor(-11.5, -16), 0.2)
+    losses, good, bad = train_ipo.ipo_loss(
+        tensor(-10, -20), tensor(-12, -15), tensor(-11, -18), tensor(-11.5, -16), 0.2
+    )
     at_most(distance(losses, tensor((1.5 - 2.5) ** 2, (-3.0 - 2.5) ** 2)), 1e-12)
     at_most(distance([good, bad], [0.2 * tensor(1, -2), 0.2 * tensor(-0.5, 1)]), 1e-12)
 
@@ -531,6 +534,5 @@ def test_ipo_stays_near_the_reference_where_dpo_runs_away_on_labels_that_all_agr
         return kl(table_logprobs(theta.detach()).sum(1), ref)
 
     ipo, dpo = ([trained(loss, steps) for steps in (300, 600)] for loss in (train_ipo.ipo_loss, train_dpo.dpo_loss))
-    print(ipo, dpo)
     at_most(abs(ipo[1] - ipo[0]), 1e-3)
     assert dpo[0] > 3 * ipo[0] and dpo[1] > dpo[0] + 0.1

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+import train_grpo
+import train_ppo
 from enumerable import gae_by_double_sum
 from measured import at_most, distance
 from train_dpo import dpo_loss
@@ -207,7 +209,10 @@ def test_whitening_equal_numbers_gives_zeros():
 
 # ------------------------------------------------------------------------------------------------------ PPO: losses
 
+POLICY_LOSS = {"ppo": train_ppo.policy_loss, "grpo": train_grpo.policy_loss}  # GRPO's is PPO's
 
+
+@pytest.mark.parametrize("script", POLICY_LOSS)
 @pytest.mark.parametrize(
     "ratio, advantage, loss, learns",
     [
@@ -219,20 +224,31 @@ def test_whitening_equal_numbers_gives_zeros():
         (0.9, -2.0, 1.8, True),  # inside the clip
     ],
 )
-def test_policy_loss_clips_only_what_has_moved_far_enough_the_right_way(ratio, advantage, loss, learns):
+def test_policy_loss_clips_only_what_has_moved_far_enough_the_right_way(ratio, advantage, loss, learns, script):
     old = tensor(-2.0)[None]
     new = (old + math.log(ratio)).requires_grad_()
-    value = policy_loss(new, old, tensor(advantage)[None], torch.tensor([[True]]), clip=0.2)
+    value = POLICY_LOSS[script](new, old, tensor(advantage)[None], torch.tensor([[True]]), clip=0.2)
     assert value.item() == pytest.approx(loss)
     value.backward()
     at_most(abs(new.grad.item() - (-advantage * ratio if learns else 0.0)), 1e-12)
 
 
-def test_policy_loss_is_the_mean_over_response_tokens_or_the_sum_over_a_count():
-    zeros, advantages = torch.zeros(3, 6).double(), torch.randn(3, 6).double()
+@pytest.mark.parametrize("script", POLICY_LOSS)
+def test_policy_loss_is_the_mean_over_response_tokens_or_the_sum_over_a_count(script):
+    policy_loss, zeros, advantages = POLICY_LOSS[script], torch.zeros(3, 6).double(), torch.randn(3, 6).double()
     expected = -advantages[RESPONSE].sum().item()
     assert policy_loss(zeros, zeros, advantages, RESPONSE).item() == pytest.approx(expected / 8)
     assert policy_loss(zeros, zeros, advantages, RESPONSE, count=20).item() == pytest.approx(expected / 20)
+
+
+@pytest.mark.parametrize("script", POLICY_LOSS)
+def test_policy_loss_ignores_what_stands_outside_the_mask(script):
+    new, old, advantages = torch.randn(3, 3, 6, generator=torch.Generator().manual_seed(0)).double()
+    clean, dirty = (
+        POLICY_LOSS[script](*(torch.where(RESPONSE, x, junk) for x in (new, old, advantages)), RESPONSE)
+        for junk in (0.0, 1e3)
+    )
+    at_most(abs(clean - dirty), 1e-12)
 
 
 def test_losses_have_a_finite_gradient_whatever_stands_outside_the_mask():

@@ -15,9 +15,8 @@ from unittest import mock
 import pytest
 import torch
 
-import train_ppo
 import train_rm
-from conftest import SCRIPTS, make_tokenizer, read_metrics, write_lines
+from conftest import FORKS, SCRIPTS, make_tokenizer, read_metrics, write_lines
 from measured import at_most, distance
 from nanopost.checkpoint import load_model, save_model
 from nanopost.data import Example, encode_example
@@ -26,6 +25,7 @@ from nanopost.run import Run
 
 # --------------------------------------------------------------------------------------------------- records and runs
 
+METHODS = SCRIPTS + FORKS
 TOKENIZER = make_tokenizer()
 RECORDS = [
     {
@@ -55,6 +55,8 @@ RUNS = {  # name: script, and the options that differ from Workshop.config. Batc
     "rm": ("rm", dict(steps=0, epochs=2, batch_size=15, warmup=1 / 3, weight_decay=0.1, normalise=30)),
     "dpo": ("dpo", dict(steps=0, epochs=2, batch_size=15, warmup=1 / 3, beta=0.2)),
     "ppo": ("ppo", dict(steps=4, batch_size=10, warmup=1, kl_target=1.0, kl_horizon=100, eval_prompts=36)),
+    "ipo": ("ipo", dict(steps=0, epochs=2, batch_size=15, warmup=1 / 3, beta=0.2)),
+    "grpo": ("grpo", dict(steps=4, batch_size=20, k=2, warmup=1, eval_prompts=36)),
     "sft with nothing held out": ("sft", dict(steps=1, valid="")),
     "sft from scratch": ("sft", dict(steps=1, init="scratch", vocab=toy("vocab.tiktoken"))),
     "rm of a wide model": ("rm", dict(steps=1, init=wide_model, normalise=0)),
@@ -66,19 +68,28 @@ RATES = {  # the learning rate of every step as a share of --lr: up to 1, then d
     "dpo": [1 / 3, 2 / 3, 1, 3 / 4, 2 / 4, 1 / 4],
     "ppo": [1 / 2] * 4 + [1] * 4 + [2 / 3] * 4 + [1 / 3] * 4,  # 2 epochs x 2 minibatches per iteration
 }
+RATES |= {"ipo": RATES["dpo"], "grpo": RATES["ppo"]}
 ADAMW = {  # nanoGPT's second beta in SFT; OpenAI's eps in reward models and PPO; the decay is the option's
     "sft": dict(betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1),
     "rm": dict(betas=(0.9, 0.999), eps=1e-5, weight_decay=0.1),
     "dpo": dict(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0),
     "ppo": dict(betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0),
 }
+ADAMW |= {"ipo": ADAMW["dpo"], "grpo": ADAMW["ppo"]}
 DEFAULTS = {  # what the papers and the reference implementations use, and a reader therefore expects
     "sft": dict(epochs=1.0, weight_decay=0.0, grad_clip=1.0),
     "rm": dict(epochs=1.0, weight_decay=0.0, grad_clip=1.0),
     "dpo": dict(epochs=1.0, grad_clip=1.0, beta=0.1, label_smoothing=0.0),
     "ppo": dict(grad_clip=1.0, gamma=1.0, lam=0.95, clip=0.2, value_clip=0.2, temperature=1.0, kl_target=0.0),
-}
+    "ipo": dict(epochs=1.0, grad_clip=1.0, beta=0.1, label_smoothing=0.0),
+    "grpo": dict(  # the unbiased choices
+        grad_clip=1.0, clip=0.2, temperature=1.0, baseline="loo", divide_by_std=False, length_mean=False, kl="reward"
+    ),
+}  # fmt: skip
 
+
+PAIR = ("chosen", "rejected")
+ANSWERS = {"sft": ("completion",), "rm": PAIR, "dpo": PAIR, "ipo": PAIR}  # what is learned from; the others sample
 
 # ------------------------------------------------------------------------------------------------------ looking at them
 
@@ -92,7 +103,7 @@ class Update:
     rows: object = None  # what it learns from: examples, pairs, or the Batch of a rollout
     rates: list = field(default_factory=list)  # the learning rate of every optimizer step that it makes
     limits: list = field(default_factory=list)  # the largest norm of the gradient in each
-    parts: list = field(default_factory=list)  # PPO: the rows in each, a number per row
+    parts: list = field(default_factory=list)  # PPO, GRPO: the rows in each, a number per row
 
 
 @dataclass
@@ -103,8 +114,8 @@ class Ran:
     updates: list = field(default_factory=list)
     model: GPT = None  # that is trained
     optimizer: torch.optim.Optimizer = None
-    rollouts: list = field(default_factory=list)  # PPO: (arguments, Batch), those for evaluation included
-    models: object = None  # PPO: its train_ppo.Models
+    rollouts: list = field(default_factory=list)  # PPO, GRPO: (arguments, Batch), those for evaluation included
+    models: object = None  # PPO, GRPO: its Models
     answers: list = field(default_factory=list)  # reward model: the Examples that it was normalised on
     unnormalised: Update = None  # reward model: its weights before
     lines: list = None  # of metrics.jsonl
@@ -137,14 +148,14 @@ def watch(name, workshop, folder) -> Ran:
     """Makes a run of RUNS and writes down what happens, without changing it."""
     script, options = RUNS[name]
     options = {name: x(workshop, folder) if callable(x) else x for name, x in options.items()}
-    data = {"prompts" if script == "ppo" else "data": write_lines(folder / "train.jsonl", TRAIN)}
+    data = {"data" if script in ANSWERS else "prompts": write_lines(folder / "train.jsonl", TRAIN)}
     data["valid"] = write_lines(folder / "valid.jsonl", VALID)
     config = workshop.config(script, folder / "out", **{"init": workshop.path("dropout"), **data, **options})
     module, ran = workshop.module(script), Ran(config)
 
     def look_at_update(run, models, optimizer, rows, *_):
         ran.models, ran.optimizer = models, optimizer
-        ran.model = models.policy if script == "ppo" else models
+        ran.model = models if script in ANSWERS else models.policy
         weights = copy.deepcopy(ran.model.state_dict())
         ran.updates.append(Update(weights, ran.model.training, copy.deepcopy(rows)))
 
@@ -160,17 +171,20 @@ def watch(name, workshop, folder) -> Ran:
     def look_at_answers(model, answers):
         ran.answers, ran.unnormalised = answers, Update(copy.deepcopy(model.state_dict()))
 
-    def rollout(*arguments, function=train_ppo.rollout):
-        batch = function(*arguments)
+    sample = getattr(module, "rollout", None)
+
+    def rollout(*arguments):
+        batch = sample(*arguments)
         ran.rollouts.append((arguments, copy.deepcopy(batch)))
         return batch
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(before(module, "update", look_at_update))
         stack.enter_context(before(Run, "optimizer_step", look_at_step))
-        stack.enter_context(before(train_ppo, "minibatch_loss", look_at_minibatch))
         stack.enter_context(before(train_rm, "normalise", look_at_answers))
-        stack.enter_context(mock.patch.object(train_ppo, "rollout", rollout))
+        if script not in ANSWERS:
+            stack.enter_context(before(module, "minibatch_loss", look_at_minibatch))
+            stack.enter_context(mock.patch.object(module, "rollout", rollout))
         module.main(config)
     ran.lines = read_metrics(folder / "out")
     return ran
@@ -302,8 +316,6 @@ def test_the_targets_of_a_record_are_the_answers_and_their_ends_whatever_its_sha
 
 # ----------------------------------------------------------------------------------------- steps, rates, the optimizer
 
-ANSWERS = {"sft": ("completion",), "rm": ("chosen", "rejected"), "dpo": ("chosen", "rejected")}
-
 
 @pytest.mark.parametrize("script", ANSWERS)
 def test_every_record_is_learned_once_per_epoch_and_the_epochs_differ(script, runs):
@@ -326,7 +338,7 @@ def test_the_targets_of_every_step_are_the_answers_and_their_ends(script, runs):
         assert all([example.mask for example in row] == masks[ids_of(row)] for row in as_rows(update.rows))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", METHODS)
 def test_the_learning_rate_rises_to_its_peak_and_falls_linearly(script, runs):
     ran = runs(script)
     rates = [rate / ran.config.lr for update in ran.updates for rate in update.rates]
@@ -334,7 +346,7 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_linearly(script, runs):
     assert [line["lr"] for line in ran.trained()] == pytest.approx([update.rates[-1] for update in ran.updates])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", METHODS)
 def test_the_optimizer_is_adamw_with_the_settings_of_the_field(script, runs):
     """Weight decay is for matrices alone; every parameter is trained, and in one group."""
     ran, wanted = runs(script), dict(ADAMW[script])
@@ -349,19 +361,19 @@ def test_the_optimizer_is_adamw_with_the_settings_of_the_field(script, runs):
     assert sorted(decay) == sorted(expected)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", METHODS)
 def test_the_limit_of_the_gradient_is_the_one_of_the_configuration(script, runs):
     ran = runs(script)
     assert {limit for update in ran.updates for limit in update.limits} == {ran.config.grad_clip}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", METHODS)
 def test_dropout_is_on_in_sft_and_off_where_log_probabilities_or_rewards_are_compared(script, runs):
     for name in [script] + ["sft with nothing held out"] * (script == "sft"):
         assert {update.training for update in runs(name).updates} == {script == "sft"}
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", METHODS)
 def test_the_defaults_are_those_of_the_field(script, workshop):
     config = workshop.module(script).Config()
     assert {name: getattr(config, name) for name in DEFAULTS[script]} == DEFAULTS[script]
@@ -433,8 +445,9 @@ def test_rm_is_normalised_on_answers_of_the_model_that_it_started_from(runs):
 # ------------------------------------------------------------------------------------------------------------------ DPO
 
 
-def test_dpo_starts_with_rewards_of_0_in_training_and_on_held_out_pairs(runs):
-    ran = runs("dpo")
+@pytest.mark.parametrize("script", ["dpo", "ipo"])
+def test_dpo_starts_with_rewards_of_0_in_training_and_on_held_out_pairs(script, runs):
+    ran = runs(script)
     for line, prefix in ((ran.trained()[0], ""), (ran.held_out()[0], "eval/")):
         at_most(max(abs(line[prefix + f"rewards/{name}"]) for name in ("chosen", "rejected", "margins")), 1e-4)
         assert line[prefix + "rewards/accuracies"] < 0.5  # a tie is not right
@@ -446,15 +459,17 @@ def test_dpo_starts_at_ln_2_in_training_and_on_held_out_pairs(runs):
         at_most(abs(loss - math.log(2)), 1e-5)
 
 
-def test_dpo_rewards_are_measured_against_the_initial_model_on_the_same_pairs_in_every_step(runs):
-    ran = runs("dpo")
+@pytest.mark.parametrize("script", ["dpo", "ipo"])
+def test_dpo_rewards_are_measured_against_the_initial_model_on_the_same_pairs_in_every_step(script, runs):
+    ran = runs(script)
     for update, line in zip(ran.updates, ran.trained(), strict=True):
         assert_logged(line, dpo_rewards(ran.at(update), initial(ran), as_rows(update.rows), 0.2))
     assert abs(ran.trained()[-1]["rewards/margins"]) > 0.05  # there is something to see
 
 
-def test_dpo_held_out_rewards_are_those_of_the_held_out_pairs(runs):
-    ran, rows = runs("dpo"), encoded(VALID, "chosen", "rejected")
+@pytest.mark.parametrize("script", ["dpo", "ipo"])
+def test_dpo_held_out_rewards_are_those_of_the_held_out_pairs(script, runs):
+    ran, rows = runs(script), encoded(VALID, "chosen", "rejected")
     assert_logged(ran.held_out()[-1], dpo_rewards(final(ran), initial(ran), rows, 0.2), "eval/")
 
 
@@ -466,14 +481,28 @@ def test_dpo_loss_is_equation_7_on_the_pairs_of_every_step_and_on_the_held_out_o
     assert_logged(ran.held_out()[-1], held_out, "eval/")
 
 
-# ------------------------------------------------------------------------------------------------------------------ PPO
+def test_ipo_loss_is_equation_17_on_the_pairs_of_every_step_and_on_the_held_out_ones(runs):
+    ran = runs("ipo")
+
+    def loss(policy, rows):
+        each = (dpo_rewards(policy, initial(ran), [row], 0.2)["rewards/margins"] for row in rows)
+        return {"loss": mean((margin / 0.2 - 1 / 0.4) ** 2 for margin in each)}
+
+    for update, line in zip(ran.updates, ran.trained(), strict=True):
+        assert_logged(line, loss(ran.at(update), as_rows(update.rows)))
+    assert_logged(ran.held_out()[-1], loss(final(ran), encoded(VALID, "chosen", "rejected")), "eval/")
+
+
+# ------------------------------------------------------------------------------------------------------------ PPO, GRPO
+
+BOTH = pytest.mark.parametrize("script", ["ppo", "grpo"])
 
 
 def in_training(ran):
-    """(prompts, their ids, beta, noise, batch) of the rollouts that were learned from."""
-    for (_, _, prompts, prompt_ids, _, beta, noise), batch in ran.rollouts:
+    """(prompts, their ids, noise, batch) of the rollouts that were learned from."""
+    for (_, _, prompts, prompt_ids, *_, noise), batch in ran.rollouts:
         if len(prompts) == ran.config.batch_size:
-            yield prompts, prompt_ids, beta, noise, batch
+            yield prompts, prompt_ids, noise, batch
 
 
 def answers_of(batch):
@@ -497,7 +526,7 @@ def test_ppo_begins_with_ratio_1_kl_0_and_values_0(runs):
 def test_ppo_asks_every_prompt_once_per_epoch_each_time_with_new_random_numbers(runs):
     """4 iterations with 10 of the 40 prompts. What is graded with a prompt was sampled from it."""
     asked, noises = [], []
-    for prompts, prompt_ids, _, noise, batch in in_training(runs("ppo")):
+    for prompts, prompt_ids, noise, batch in in_training(runs("ppo")):
         for prompt, ids, answer in zip(prompts, prompt_ids, answers_of(batch), strict=True):
             assert ids == encode(prompt, "").prompt == answer.prompt
         asked += prompts
@@ -508,26 +537,29 @@ def test_ppo_asks_every_prompt_once_per_epoch_each_time_with_new_random_numbers(
         assert noise.shape == (10, 8) and not any(torch.equal(noise, other) for other in noises[:i])
 
 
-def test_ppo_makes_epochs_times_minibatches_steps_and_each_epoch_uses_every_answer_once(runs):
-    ran = runs("ppo")
+@BOTH
+def test_ppo_makes_epochs_times_minibatches_steps_and_each_epoch_uses_every_answer_once(script, runs):
+    ran = runs(script)
     assert len(ran.updates) == 4
     shuffled = 0
     for update in ran.updates:
-        assert [len(part) for part in update.parts] == [5, 5, 5, 5] and len(update.rates) == 4
+        assert [len(part) for part in update.parts] == [ran.config.batch_size // 2] * 4 and len(update.rates) == 4
         one, two, three, four = map(sorted, update.parts)
         assert sorted(one + two) == sorted(three + four) == sorted(fingerprints(update.rows))
         shuffled += one not in (three, four)
     assert shuffled >= 3
 
 
-def test_ppo_learns_from_what_it_has_sampled(runs):
-    ran = runs("ppo")
+@BOTH
+def test_ppo_learns_from_what_it_has_sampled(script, runs):
+    ran = runs(script)
     for update, (*_, batch) in zip(ran.updates, in_training(ran), strict=True):
         assert all(torch.equal(update.rows.tensors()[name], x) for name, x in batch.tensors().items())
 
 
-def test_ppo_measures_kl_and_entropy_against_the_initial_model_in_every_iteration(runs):
-    ran = runs("ppo")
+@BOTH
+def test_ppo_measures_kl_and_entropy_against_the_initial_model_in_every_iteration(script, runs):
+    ran = runs(script)
     for update, line in zip(ran.updates, ran.trained(), strict=True):
         answers, policy = answers_of(update.rows), ran.at(update)
         pi, ref = ([logprob(model, answer) for answer in answers] for model in (policy, initial(ran)))
@@ -535,8 +567,9 @@ def test_ppo_measures_kl_and_entropy_against_the_initial_model_in_every_iteratio
     assert abs(ran.trained()[-1]["objective/kl"]) > 0.05  # there is something to see
 
 
-def test_ppo_scores_are_the_reward_models_and_those_of_unfinished_answers_minus_1(runs):
-    ran = runs("ppo")
+@BOTH
+def test_ppo_scores_are_the_reward_models_and_those_of_unfinished_answers_minus_1(script, runs):
+    ran = runs(script)
     judge = load_model(ran.config.reward, reward=True)[0].double()
     for update, line in zip(ran.updates, ran.trained(), strict=True):
         finished = [answer.ids[-1] == TOKENIZER.end for answer in answers_of(update.rows)]
@@ -548,7 +581,8 @@ def test_ppo_scores_are_the_reward_models_and_those_of_unfinished_answers_minus_
 def test_ppo_uses_the_beta_that_it_logs_and_adapts_it_to_the_kl_of_the_iteration(runs):
     ran = runs("ppo")
     expected = ran.config.beta
-    for (_, _, beta, _, _), line in zip(in_training(ran), ran.trained(), strict=True):
+    betas = [beta for (_, _, prompts, _, _, beta, _), _ in ran.rollouts if len(prompts) == 10]
+    for beta, line in zip(betas, ran.trained(), strict=True):
         assert beta == pytest.approx(expected) and line["beta"] == pytest.approx(expected, rel=1e-4)
         objective = line["objective/scores"] - beta * line["objective/kl"]
         at_most(abs(line["objective/rlhf_reward"] - objective), 1e-4)
@@ -556,13 +590,43 @@ def test_ppo_uses_the_beta_that_it_logs_and_adapts_it_to_the_kl_of_the_iteration
         expected *= 1 + error * 10 / 100
 
 
-def test_ppo_held_out_figures_are_those_of_answers_to_the_held_out_prompts(runs):
-    ran = runs("ppo")
+@BOTH
+def test_ppo_held_out_figures_are_those_of_answers_to_the_held_out_prompts(script, runs):
+    ran = runs(script)
     held_out = [(prompts, batch) for (_, _, prompts, *_), batch in ran.rollouts if len(prompts) == 36]
     assert all(prompts == [record["prompt"] for record in VALID] for prompts, _ in held_out)
     answers, policy = answers_of(held_out[-1][1]), final(ran)
     kl = mean(logprob(policy, answer) - logprob(initial(ran), answer) for answer in answers)
     assert_logged(ran.held_out()[-1], {"kl": kl}, "eval/")
+
+
+def test_grpo_begins_with_ratio_1_and_kl_0(runs):
+    ran = runs("grpo")
+    at_most(abs(ran.trained()[0]["objective/kl"]), 1e-5)
+    at_most(abs(ran.held_out()[0]["eval/kl"]), 1e-5)
+    for line in ran.trained():
+        at_most(abs(line["val/first_ratio"] - 1), 1e-5)
+
+
+def test_grpo_asks_a_prompt_k_times_side_by_side_and_every_prompt_once_per_epoch(runs):
+    """4 iterations with 10 of the 40 prompts, 2 answers each with random numbers of their own."""
+    asked, noises = [], []
+    for prompts, prompt_ids, noise, batch in in_training(runs("grpo")):
+        assert prompts[::2] == prompts[1::2]
+        for prompt, ids, answer in zip(prompts, prompt_ids, answers_of(batch), strict=True):
+            assert ids == encode(prompt, "").prompt == answer.prompt
+        asked += prompts[::2]
+        noises += [tuple(row) for row in noise.tolist()]
+    assert Counter(asked) == Counter(record["prompt"] for record in TRAIN)
+    assert asked != [record["prompt"] for record in TRAIN]  # shuffled
+    assert len(noises) == len(set(noises)) == 80 and len(noises[0]) == 8
+
+
+def test_grpo_logs_the_groups_whose_scores_are_equal(runs):
+    ran = runs("grpo")
+    for update, line in zip(ran.updates, ran.trained(), strict=True):
+        groups = update.rows.scores.view(10, 2).tolist()
+        assert_logged(line, {"groups/equal": mean(float(a == b) for a, b in groups)})
 
 
 def test_ppo_with_a_critic_takes_its_values_from_it_and_trains_both(runs):
