@@ -14,6 +14,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiktoken
@@ -30,6 +31,7 @@ for folder in (ROOT / "tests" / "proofs", ROOT / "data" / "notes", ROOT / "forks
 
 from nanopost.__main__ import main as nanopost  # noqa: E402
 from nanopost.checkpoint import save_model  # noqa: E402
+from nanopost.config import UserError  # noqa: E402
 from nanopost.model import GPT, GPTConfig  # noqa: E402
 from nanopost.run import Run  # noqa: E402
 from nanopost.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
@@ -315,7 +317,7 @@ def die_after(monkeypatch, step):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--mine", metavar="FILE", help="test this changed copy of a train_*.py in its place")
+    parser.addoption("--mine", metavar="FILE", help="test the functions of this file in the place of ours")
     parser.addoption("--measured", action="store_true", help="print the error that every proof measured")
     parser.addoption("--torture", metavar="N", type=int, default=1, help="tests/torture: N times the small amount")
     parser.addoption("--torture-seed", metavar="N", type=int, default=0, help="tests/torture: the seed of it all")
@@ -323,32 +325,85 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if path := config.getoption("--mine"):
-        if not os.path.isfile(path):
-            raise pytest.UsageError(f"--mine: no file {path}")
-        put_in_place(path)
+        try:
+            config.mine = put_in_place(path)  # [(script, function)]
+        except UserError as error:
+            pytest.exit(f"--mine: {error}", returncode=2)
+        if config.option.tbstyle == "auto":
+            config.option.tbstyle = "no"  # the summary says it in words
+            config.option.reportchars = ""
 
 
 def pytest_report_header(config):
     if path := config.getoption("--mine"):
-        return f"{path} in the place of {resembled(path)}.py"
+        return (
+            f"{path} in the place of {', '.join(dict.fromkeys(script_path(script).name for script, _ in config.mine))}"
+        )
 
 
-def functions_in(path) -> set[str]:
-    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
-    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+def script_path(script) -> Path:
+    return ROOT / ("forks" if script in FORKS else "") / f"train_{script}.py"
+
+
+def functions_in(path) -> dict[str, str]:
+    """{name: what it does, the same whatever its comments and its layout} of the functions of a file."""
+    tree, functions = ast.parse(Path(path).read_text(encoding="utf-8"), str(path)), {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            if ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+            functions[node.name] = ast.dump(node)
+    return functions
 
 
 def resembled(path) -> str:
-    """The script that has the most functions in common with this file: train_dpo."""
-    names = functions_in(path)
-    return max((f"train_{s}" for s in SCRIPTS), key=lambda script: len(names & functions_in(ROOT / f"{script}.py")))
+    """The script that has the most functions in common with this file: dpo."""
+    names = functions_in(path).keys()
+    return max(SCRIPTS + FORKS, key=lambda script: len(names & functions_in(script_path(script)).keys()))
 
 
-def put_in_place(path):
-    """Runs the file in the namespace of the script that it resembles: what it defines replaces ours, the rest stays."""
-    module = importlib.import_module(resembled(path))
-    module.__file__ = os.path.abspath(path)
-    exec(compile(Path(path).read_text(encoding="utf-8"), module.__file__, "exec"), vars(module))
+def put_in_place(path) -> list[tuple[str, str]]:
+    """Runs the file in the namespace of the script that it resembles: what it defines replaces ours, the rest stays.
+    A function that only other scripts have replaces theirs. Returns [(script, function)] of what was replaced."""
+    if not os.path.isfile(path):
+        raise UserError(f"no file {path}")
+    try:
+        names, home = functions_in(path), resembled(path)
+        module = importlib.import_module(f"train_{home}")
+        module.__file__ = os.path.abspath(path)
+        exec(compile(Path(path).read_text(encoding="utf-8"), module.__file__, "exec"), vars(module))
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: {error}".splitlines()[0]) from None
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{path}: {type(error).__name__}: {error}".splitlines()[0]) from None
+    replaced = []
+    for name in names:
+        owners = [script for script in SCRIPTS + FORKS if name in functions_in(script_path(script))]
+        for script in [home] if home in owners else owners[:1]:
+            setattr(importlib.import_module(f"train_{script}"), name, getattr(module, name))
+            replaced.append((script, name))
+    if not replaced:
+        raise UserError(f"{path} defines no function of the scripts, such as dpo_loss or policy_loss")
+    return replaced
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --mine, the properties of its functions are run and no other tests."""
+    if config.getoption("--mine"):
+        from properties import properties
+
+        wanted = {script: set() for script, _ in config.mine}
+        for script, name in config.mine:
+            wanted[script].update(properties(f"train_{script}.{name}"))
+
+        def asked(item):
+            script = getattr(item, "callspec", SimpleNamespace(params={})).params.get("script")
+            scripts = [script] if script in SCRIPTS + FORKS else wanted
+            return any(item.function in wanted.get(script, ()) for script in scripts)
+
+        kept = [item for item in items if asked(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -357,3 +412,51 @@ def pytest_terminal_summary(terminalreporter, config):
 
         for test, (error, bound) in MEASURED.items():
             terminalreporter.write_line(f"{error:8.1e} <= {bound:.0e}  {test.removeprefix('tests/')}")
+    if config.getoption("--mine"):
+        tell_in_words(terminalreporter, config.getoption("--mine"), config.mine)
+
+
+def tell_in_words(terminal, path, mine):
+    """Which properties hold, which fail, each in words and with the function that it may be in, and what does not
+    apply. A function that is the same as ours cannot be wrong."""
+    from properties import known_mistake, properties, words_for
+
+    ours = {script: functions_in(script_path(script)) for script in SCRIPTS + FORKS}
+    theirs = functions_in(path)
+    changed = [(script, name) for script, name in mine if theirs[name] != ours[script][name]] or mine
+    failed, passed = {}, {}  # {name of the test: its first report}
+    for kind, reports in (("failed", failed), ("error", failed), ("passed", passed)):
+        for report in terminal.stats.get(kind, []):
+            reports.setdefault(report.nodeid.split("::")[1].split("[")[0], report)
+
+    def suspects(test):
+        functions, _ = words_for(test)
+        looked_at = [f for script, f in changed if test in {t.__name__ for t in properties(f"train_{script}.{f}")}]
+        return [f for f in looked_at if f in functions] or looked_at or [f for _, f in changed]
+
+    terminal.section(f"the properties of {path}")
+    for test in passed.keys() - failed.keys():
+        terminal.write_line(f"holds: {test.removeprefix('test_').replace('_', ' ')}")
+
+    def distance(test):  # from the mistake: those that look at one function alone are the nearest
+        functions, _ = words_for(test)
+        return len(functions) if set(functions) & set(suspects(test)) else 99
+
+    certain = {f for test in failed for f in suspects(test) if len(suspects(test)) == 1}
+    for test in sorted(failed, key=distance):
+        functions = [f for f in suspects(test) if f in certain] or suspects(test)
+        terminal.write_line(f"FAILS: {' or '.join(functions)}: {what_is_wrong(words_for(test)[1], failed[test])}")
+    for script, name in changed if failed else []:
+        if mistake := known_mistake(f"train_{script}", name):
+            terminal.write_line(f"{name} returns what it would with this mistake of mutants.py: {mistake}")
+    if absent := {name: None for functions in ours.values() for name in functions if name not in theirs}:
+        terminal.write_line(f"does not apply, for {path} does not define it: {', '.join(absent)}")
+
+
+def what_is_wrong(words, report) -> str:
+    """The words for a failure, with what was measured in the place of {}; of any error but a failed assertion, that."""
+    crash = getattr(report.longrepr, "reprcrash", None)
+    found = crash.message.splitlines()[0] if crash else ""
+    if found and not found.startswith(("AssertionError", "assert")):
+        return f"it raises {found}"
+    return words.replace("{}", found.removeprefix("AssertionError: "))

@@ -41,6 +41,8 @@ PANELS = {
         ("length, tokens", "response/length", ""),
     ],
 }
+PANELS["ipo"] = PANELS["dpo"]
+PANELS["grpo"] = [*PANELS["ppo"][:4], ("share of groups with equal scores", "groups/equal", ""), PANELS["ppo"][5]]
 STYLES = dict(ls="-"), dict(ls="--", mfc="white")  # solid, dashed
 
 

@@ -34,6 +34,10 @@ def cosine(a, b):
 
 
 def same_gradient(found, right, bound):
-    """at_most(relative(found, right), bound), told in words: by how much it is turned, and how long it is."""
+    """at_most(relative(found, right), bound), told in words: by how much it is turned, or how long it is."""
+    angle = cosine(found, right)
     length = (sum((x**2).sum() for x in found) / sum((x**2).sum() for x in right)).sqrt().item()
-    at_most(relative(found, right), bound, f"cosine {cosine(found, right):.2f}, {length:.3g} times as long")
+    turned = f"cosine {angle:.2f}: is the end token left out, or a mean taken for every answer?"
+    at_most(
+        relative(found, right), bound, turned if angle < 0.999 else f"right, but for its length: times {length:.3g}"
+    )

@@ -20,7 +20,7 @@ import torch
 import measured
 import test_enumeration
 import test_wiring
-from conftest import ROOT, put_in_place, resembled
+from conftest import FORKS, SCRIPTS, put_in_place, resembled, script_path
 from mutants import MUTANTS
 from properties import PROPERTIES, properties
 
@@ -130,8 +130,8 @@ def pair_logprobs(model, batch):
 
 
 def test_a_file_that_is_given_as_mine_is_tested_in_the_place_of_the_script_that_it_resembles(tmp_path, monkeypatch):
-    for script in ("train_sft", "train_rm", "train_dpo", "train_ppo"):
-        assert resembled(ROOT / f"{script}.py") == script
+    for script in SCRIPTS + FORKS:
+        assert resembled(script_path(script)) == script
     ours = importlib.import_module("train_dpo")
     for name in ("dpo_loss", "pair_logprobs", "__file__"):
         monkeypatch.setattr(ours, name, getattr(ours, name))  # to have it back afterwards
