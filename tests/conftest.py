@@ -313,6 +313,13 @@ def die_after(monkeypatch, step):
     return lambda: monkeypatch.setattr(Run, "log", log)
 
 
+def free_port() -> int:
+    """For the processes of one run to meet at."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 # ------------------------------------------------------------------------------------------------ --mine, --measured
 
 
@@ -370,8 +377,9 @@ def put_in_place(path) -> list[tuple[str, str]]:
     try:
         names, home = functions_in(path), resembled(path)
         module = importlib.import_module(f"train_{home}")
-        module.__file__ = os.path.abspath(path)
-        exec(compile(Path(path).read_text(encoding="utf-8"), module.__file__, "exec"), vars(module))
+        file = os.path.abspath(path)
+        exec(compile(Path(path).read_text(encoding="utf-8"), file, "exec"), vars(module))
+        module.__file__ = file
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{path}: {error}".splitlines()[0]) from None
     except (Exception, SystemExit) as error:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ if __name__ == "__main__":  # one of the processes that this file starts: pytest
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_dpo
-from conftest import ROOT, Killed, Workshop, die_after, make_model, tensors
+from conftest import ROOT, Killed, Workshop, die_after, free_port, make_model, tensors
 from nanopost import distributed
 from nanopost.config import UserError
 from nanopost.data import Batch, Example, Pair
@@ -42,12 +41,6 @@ def run_all(folder, out):
                 workshop.run(script, Path(out) / name, keep_every=2, **options)
             options = options | {"overwrite": False, "resume": True}
         workshop.run(script, Path(out) / name, keep_every=2, **options)
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def start(count, *arguments):

@@ -201,7 +201,7 @@ WORDS = {
         "grpo_loss": "not the policy loss + beta KL over the answer's tokens, or its statistics: {}"
     },
     "update, group_advantages, minibatch_loss, policy_loss, kl_loss": {
-        "grpo_update_follows": "a step does not follow the gradient of the loss: the KL, the groups, means of means? {}",
+        "grpo_update_follows": "a step does not follow the gradient of the loss: KL, groups, or means of means? {}",
         "grpo_update_on": "groups whose answers are all paid the same have a gradient",
     },
     "": {  # any function
