@@ -364,9 +364,14 @@ def functions_in(path) -> dict[str, str]:
 
 
 def resembled(path) -> str:
-    """The script that has the most functions in common with this file: dpo."""
-    names = functions_in(path).keys()
-    return max(SCRIPTS + FORKS, key=lambda script: len(names & functions_in(script_path(script)).keys()))
+    """The script that has the most functions in common with this file, and of several the most lines: dpo."""
+    names, lines = functions_in(path).keys(), set(Path(path).read_text(encoding="utf-8").splitlines())
+
+    def likeness(script):
+        text = script_path(script).read_text(encoding="utf-8")
+        return len(names & functions_in(script_path(script)).keys()), len(lines & set(text.splitlines()))
+
+    return max(SCRIPTS + FORKS, key=likeness)
 
 
 def put_in_place(path) -> list[tuple[str, str]]:

@@ -82,6 +82,14 @@ def test_grpo_differs_from_ppo_by_values_and_groups_alone():
     assert len(new) <= 50, new
 
 
+@pytest.mark.parametrize("fork", FORKS)
+def test_the_diffs_of_the_readme_are_those_of_the_files(fork):
+    page = (ROOT / "forks" / "README.md").read_text(encoding="utf-8").split("## ")
+    [section] = [text for text in page if f"forks/train_{fork}.py" in text and "```diff" in text]
+    shown = [line for block in section.split("```diff\n")[1:] for line in block.split("```")[0].splitlines()]
+    assert len(shown) > 3 and set(shown) <= {line[0] + line[2:] for line in changed(fork)}
+
+
 def test_grpo_is_at_most_260_lines():
     assert len(source("grpo")) <= 260
 
