@@ -41,7 +41,7 @@ PANELS = {
         ("length, tokens", "response/length", ""),
     ],
 }
-PANELS["ipo"] = PANELS["dpo"]
+PANELS["ipo"] = [("loss, squared nats per pair", "loss", "eval/loss"), *PANELS["dpo"][1:]]
 PANELS["grpo"] = [*PANELS["ppo"][:4], ("share of groups with equal scores", "groups/equal", ""), PANELS["ppo"][5]]
 STYLES = dict(ls="-"), dict(ls="--", mfc="white")  # solid, dashed
 

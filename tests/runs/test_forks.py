@@ -29,6 +29,7 @@ from conftest import (
 )
 from nanopost.checkpoint import load_model
 from nanopost.config import UserError, flag
+from nanopost.tools.plot import PANELS
 
 VARIANTS = {
     "RLOO": {},
@@ -106,6 +107,8 @@ def test_a_run_of_a_fork_writes_a_loadable_folder_and_logs_finite_numbers(fork, 
     lines = metrics(out)
     assert [line["step"] for line in lines if "lr" not in line] == [0, 2, 4] and len(training(lines)) == 4
     assert all(isinstance(value, (int, float)) for line in lines for value in line.values())
+    logged = {name for line in lines for name in line}
+    assert {name for _, *names in PANELS[fork] for name in names if name} <= logged  # so nanopost plot can draw it
 
 
 @pytest.mark.parametrize("reward", ["rm", "reward.py:vowels"])
