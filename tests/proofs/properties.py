@@ -85,7 +85,13 @@ PROPERTIES = {  # functions whose names begin so: the tests that look at them, i
 
 
 def properties(name):
-    return PROPERTIES[max((key for key in PROPERTIES if name.startswith(key)), key=len)]
+    """The tests that look at this function. Of a script's own functions, those that WORDS gives to others are left
+    out."""
+    tests = PROPERTIES[max((key for key in PROPERTIES if name.startswith(key)), key=len)]
+    if name.startswith("nanopost"):
+        return tests
+    given = [(test, words_for(test.__name__)[0]) for test in tests]
+    return [test for test, functions in given if not functions or name.split(".")[1] in functions]
 
 
 # What is wrong where a test fails, for --mine: {the functions that it may be: {beginning of the test's name: words}}.
@@ -205,6 +211,7 @@ WORDS = {
         "grpo_update_on": "groups whose answers are all paid the same have a gradient",
     },
     "": {  # any function
+        "dpo_loss_is_equation_7_on": "the logged loss is not equation 7 on the pairs of the step or the held-out ones",
         "one_step_follows": "a step does not follow the gradient of the loss as it is defined, or is a mean of means",
         "one_step_is": "micro-batches change the step: a mean of means, or only one of them learns?",
         "one_step_does": "the order of the rows changes the step: what belongs to a row comes from another?",
