@@ -4,7 +4,6 @@ A step runs again once the code that it depends on has changed (comments and doc
 from, or PyTorch, or the machine.
 """
 
-import ast
 import datetime
 import hashlib
 import importlib.util
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 
 from nanopost.config import UserError
+from nanopost.resume import meaning
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "recipes" / "quickstart.sh"
@@ -173,15 +173,6 @@ def processor() -> str:
             return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def meaning(path: Path) -> str:
-    """What a Python file does: its source without layout, comments and docstrings."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree)
 
 
 def fingerprint(step: Step, start: str = "") -> str:

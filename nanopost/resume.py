@@ -1,5 +1,6 @@
 """What --resume checks before it goes on: that it is the same run, and that what the checkpoint holds fits."""
 
+import ast
 import contextlib
 import hashlib
 import math
@@ -26,6 +27,15 @@ def fingerprint(path: str) -> str:
             while part := f.read(2**20):
                 digest.update(part)
     return digest.hexdigest()
+
+
+def meaning(path) -> str:
+    """What a Python file does: its source without layout, comments and docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 def hash_inputs(options, without) -> dict[str, str]:

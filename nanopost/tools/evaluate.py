@@ -156,8 +156,13 @@ def table(rows: list[dict]) -> str:
 
     lines = [["stage", *formats]]
     lines += [[row["stage"], *(cell(row, name, style) for name, style in formats.items())] for row in rows]
+    return markdown(lines)
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A Markdown table of cells; the first line is its head."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return "\n".join("| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines)
 
 
