@@ -5,10 +5,11 @@ the metric. A run's curve is a list of (KL, metric), one for each kept copy of i
 """
 
 import math
-from statistics import fmean, stdev
+from functools import cache
+from statistics import NormalDist, fmean, stdev
 
 LEVEL = 0.05  # share of pairs of equal commands that get a verdict
-POWER = 0.8  # share of pairs of commands, as far apart as `detectable`, that get one
+POWER = 0.8  # share of pairs of commands, as far apart as `detectable`, that get the right one
 
 
 def within(t: float, df: int) -> float:
@@ -24,6 +25,7 @@ def within(t: float, df: int) -> float:
     return 2 / math.pi * (theta + even_odd) if odd else even_odd
 
 
+@cache
 def t_quantile(p: float, df: int) -> float:
     """The t with P(T <= t) = p, for p of at least 1/2: by bisection of its arctangent."""
     low, high = 0.0, math.pi / 2
@@ -36,13 +38,36 @@ def t_quantile(p: float, df: int) -> float:
     return math.sqrt(df) * math.tan(low)
 
 
+def power(shift: float, df: int) -> float:
+    """How often t(0.975) is exceeded where the true difference is `shift` standard errors, all estimated with df
+    degrees of freedom: P((Z + shift) / (U / sqrt(df)) > t), with Z normal and U chi, as a sum over U."""
+    t, step = t_quantile(1 - LEVEL / 2, df), 0.01
+    constant = math.log(2) * (1 - df / 2) - math.lgamma(df / 2)  # of the density of chi
+    total = 0.0
+    for i in range(round((math.sqrt(df) + 8) / step)):
+        u = (i + 0.5) * step
+        density = math.exp(constant + (df - 1) * math.log(u) - u**2 / 2)
+        total += density * step * NormalDist().cdf(shift - t * u / math.sqrt(df))
+    return total
+
+
+@cache
+def detectable_shift(df: int) -> float:
+    """The true difference, in standard errors, that gets the right verdict with probability POWER: by bisection."""
+    low, high = 0.0, 100.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if power(middle, df) < POWER else (low, middle)
+    return low
+
+
 def compare(a: list[float], b: list[float], higher_is_better: bool = True) -> dict:
     """The paired t-test of n >= 2 values of each side, a[i] and b[i] of the same seed.
 
     difference  the mean of b - a
     low, high   its 95% interval: difference -+ t(0.975) s / sqrt(n), with n - 1 degrees of freedom
-    detectable  the true difference that 80% of such comparisons would tell from none, given the spread s seen here:
-                (t(0.975) + t(0.8)) s / sqrt(n) (Bloom 1995, doi.org/10.1177/0193841X9501900504)
+    detectable  the true difference with which 80% of such comparisons get the right verdict, if the spread of the
+                differences is the s seen here: a multiple of s / sqrt(n), by the noncentral t distribution
     differences those of the n pairs
     verdict     the better side, "a" or "b", if the interval leaves out 0; else "none". If all differences are equal
                 there is no spread to judge by, and no verdict.
@@ -61,7 +86,7 @@ def compare(a: list[float], b: list[float], higher_is_better: bool = True) -> di
         "difference": difference,
         "low": difference - half,
         "high": difference + half,
-        "detectable": half + t_quantile(POWER, n - 1) * error,
+        "detectable": detectable_shift(n - 1) * error,
         "verdict": verdict,
         "differences": differences,
     }

@@ -6,6 +6,7 @@ Other code, options or inputs have another folder. `nanopost versus` compares su
 
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -23,11 +24,10 @@ from nanopost.config import UserError, clean, flag, parse
 from nanopost.records import read_json, read_records
 from nanopost.resume import hash_inputs, meaning
 from nanopost.run import Options
-from nanopost.tools import evaluate
 
 PACKAGE = Path(__file__).resolve().parent
-FREE = {"seed", "out", "resume", "overwrite", "policies"}  # options that are no part of a folder's name
-meaning = cache(meaning)
+UNUSED = {"trials.py", "paired.py"}  # files of the package that no run depends on
+FREE = {"seed", "out", "resume", "overwrite", "policies"}  # options that are not part of a folder's name
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ def read_command(command: str, name: str, out: str, seeds: int, keep_every: int 
         raise UserError(f"{command!r}: leave out {ours[0]}; every run has a folder of its own in {out}")
     if keep_every:
         words = [f"--keep-every={keep_every}", *words]  # first, so that the command's own counts
-    options = parse(load_config_class(script), [*words, f"--out={out}/run"], prog=script)
+    try:
+        options = parse(load_config_class(script), [*words, f"--out={out}/run"], prog=script)
+    except UserError as error:
+        raise UserError(f"{script}: {error}") from None
     folder = Path(out, f"{Path(script).stem}-{digest(script, options)}")
     numbers = range(options.seed, options.seed + seeds)
     return [Trial(name, (script, *words), seed, folder / f"seed{seed}") for seed in numbers], options
@@ -83,20 +86,25 @@ def load_config_class(script: str):
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
-        raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from None
+        raise UserError(f"line {error.lineno}: {error.msg}") from None
     finally:
         sys.path.pop(0)
     config_class = getattr(module, "Config", None)
     if not is_dataclass(config_class) or not {"seed", "out", "resume"} <= {
         field.name for field in fields(config_class)
     }:
-        raise UserError(f"{script} is no training script: it has no Config with the options --seed, --out and --resume")
+        raise UserError("it is no training script: it has no Config with seed, out and resume")
     return config_class
+
+
+@cache
+def package_code() -> list[str]:
+    return [meaning(path) for path in sorted(PACKAGE.glob("*.py")) if path.name not in UNUSED]
 
 
 def digest(script: str, options) -> str:
     """A hash of what a script's outcome depends on: its code and the package's, its options and the files they name."""
-    code = [meaning(path) for path in (Path(script), *sorted(PACKAGE.glob("*.py")))]
+    code = [meaning(Path(script)), *package_code()]
     settings = {name: value for name, value in asdict(options).items() if name not in FREE}
     inputs = hash_inputs(options, without=Options)
     return hashlib.sha256(json.dumps([code, settings, inputs]).encode()).hexdigest()[:8]
@@ -109,18 +117,20 @@ class Runner:
     called `metric` in its metrics.jsonl.
     """
 
-    def __init__(self, metric: str, evaluation: evaluate.Config | None):
+    def __init__(self, metric: str, evaluation=None):
         self.metric = metric
         self.evaluation = evaluation
-        self.hash = digest(evaluate.__file__, evaluation) if evaluation else ""
+        self.hash = digest(inspect.getsourcefile(type(evaluation)), evaluation) if evaluation else ""
         self.processes = set()
         self.stopped = False
         path = [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]
         self.environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
 
-    def execute(self, words: list[str], log: str):
+    def execute(self, what: str, words: list[str], log: str):
         """Runs python with these words, and adds what it prints to the log. Raises UserError if it fails, after
         printing the end of the log."""
+        if self.stopped:
+            raise UserError("stopped")
         os.makedirs(os.path.dirname(log), exist_ok=True)
         with open(log, "a", encoding="utf-8") as f:
             print("$ python", shlex.join(words), file=f, flush=True)
@@ -129,11 +139,12 @@ class Runner:
         self.processes.add(process)
         code = process.wait()
         self.processes.remove(process)
-        if code and not self.stopped:
+        if code:
             lines = Path(log).read_text(encoding="utf-8", errors="replace").splitlines()
-            print(clean("\n".join(lines[-12:])), flush=True)
+            if not self.stopped:
+                print(clean("\n".join(lines[-12:])), flush=True)
             reason = lines[-1].removeprefix("error: ")
-            raise UserError(f"{words[0]} ended with exit code {code}: {reason}; the whole log is {log}")
+            raise UserError(f"{what} failed with exit code {code}: {reason} (the whole log: {log})")
 
     def train(self, trial: Trial):
         """Makes or resumes the run, unless it is finished. If another process is at work on it, waits for that one."""
@@ -143,7 +154,7 @@ class Runner:
                 continue
             try:
                 words = [*trial.words, f"--seed={trial.seed}", f"--out={trial.folder}", "--resume"]
-                self.execute(words, f"{trial.folder}.log")
+                self.execute(shlex.join(trial.words), words, f"{trial.folder}.log")
             except UserError:
                 if not trial.locked():  # else the other one was first
                     raise
@@ -152,6 +163,9 @@ class Runner:
         """The file of an evaluation: another one for other prompts, judges or code."""
         return Path(f"{folder}-{self.hash}.json")
 
+    def measured(self, trial: Trial) -> bool:
+        return not self.evaluation or self.report(trial.folder).exists()
+
     def evaluate(self, folder, policies: list) -> list[dict]:
         """nanopost evaluate's rows of these policies."""
         report = self.report(folder)
@@ -159,20 +173,22 @@ class Runner:
             options = {name: x for name, x in vars(self.evaluation).items() if name != "policies"}
             options |= {"json": report, "show": 0}
             words = [*map(str, policies), *(f"{flag(name)}={x}" for name, x in options.items())]
-            self.execute(["-m", "nanopost", "evaluate", *words], f"{folder}.log")
+            self.execute("nanopost evaluate", ["-m", "nanopost", "evaluate", *words], f"{folder}.log")
         return read_json(str(report))["rows"]
 
     def measure(self, trial: Trial) -> list[dict]:
         """A row for each kept copy of the run, in the order of training, and the last one for its end."""
         self.train(trial)
         if not self.evaluation:
-            return [{self.metric: last_value(f"{trial.folder}/metrics.jsonl", self.metric)}]
+            value = last_value(f"{trial.folder}/metrics.jsonl", self.metric)
+            return [{"seed": trial.seed, self.metric: value}]
         copies = sorted(trial.folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-        return self.evaluate(trial.folder, [*copies, trial.folder])
+        rows = self.evaluate(trial.folder, [*copies, trial.folder])
+        return [{"seed": trial.seed, **row} for row in rows]
 
     def measure_all(self, trials: list[Trial], jobs: int, describe) -> list[list[dict]]:
         """measure() of each, `jobs` at a time, with a line of progress, describe(row), for each one that is done."""
-        new = {trial for trial in trials if not (trial.finished() and self.report(trial.folder).exists())}
+        new = {trial for trial in trials if not (trial.finished() and self.measured(trial))}
         began, rows = time.time(), {}
         with ThreadPoolExecutor(jobs) as pool:
             futures = {pool.submit(self.measure, trial): trial for trial in trials}

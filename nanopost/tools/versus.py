@@ -25,6 +25,7 @@ import os
 import re
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 
 from nanopost.checkpoint import atomic
@@ -74,6 +75,8 @@ class Config:
         for name in ("json", "plot"):
             if path := getattr(self, name):
                 check_file(flag(name), path)
+                if not Path(path).parent.is_dir():
+                    raise UserError(f"{flag(name)}: there is no folder {Path(path).parent}")
         if self.plot and not self.plot.endswith(".png"):
             raise UserError(f"--plot must name a .png file, not {self.plot}")
         if self.plot and importlib.util.find_spec("matplotlib") is None:
@@ -102,7 +105,8 @@ def make_report(config: Config, a: list[list[dict]], b: list[list[dict]]) -> dic
         equal_kl = at_equal_kl(
             *([[(row["kl"], row[metric]) for row in rows] for rows in side] for side in (a, b)), higher
         )
-    head = {"a": config.a, "b": config.b, "metric": metric, "better": config.better}
+    seeds = [row["seed"] for row in ends[0]]
+    head = {"a": config.a, "b": config.b, "seeds": seeds, "metric": metric, "better": config.better}
     return head | result | {"equal_kl": equal_kl, "runs": {"a": ends[0], "b": ends[1]}}
 
 
@@ -116,10 +120,11 @@ def print_report(report: dict):
     lines = [
         ["seed", f"{metric} a", f"{metric} b", "b - a", *(f"{name} {side}" for name in names[1:] for side in "ab")]
     ]
-    for seed, *pair in [*zip(report["seeds"], a, b), ("mean", *means)]:
+    for pair in [*zip(a, b), means]:
+        seeds = dict.fromkeys(str(row.get("seed", "mean")) for row in pair)  # one, if it is the same
         cells = [cell(name, row[name]) for name in names for row in pair]
         cells.insert(2, cell(metric, pair[1][metric] - pair[0][metric], "+"))
-        lines.append([str(seed), *cells])
+        lines.append([" and ".join(seeds), *cells])
     print(evaluate.markdown(lines) + "\n")
 
     # The comparisons
@@ -193,7 +198,7 @@ def main(config: Config):
         print(clean(f"start, {reference}: {describe(start)}"), flush=True)
     trials = [trial for pair in zip(a, b) for trial in pair]
     rows = runner.measure_all(trials, config.jobs, describe)
-    report = {"seeds": [trial.seed for trial in a]} | make_report(config, rows[::2], rows[1::2])
+    report = make_report(config, rows[::2], rows[1::2])
     print_report(report)
     if config.json:
         with atomic(config.json) as f:
