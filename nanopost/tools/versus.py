@@ -72,15 +72,6 @@ class Config:
         self.better = self.better or ("lower" if re.search(r"loss|\bkl\b", self.metric) else "higher")
         if self.better not in ("higher", "lower"):
             raise UserError(f"--better must be higher or lower, not {self.better}")
-        for name in ("json", "plot"):
-            if path := getattr(self, name):
-                check_file(flag(name), path)
-                if not Path(path).parent.is_dir():
-                    raise UserError(f"{flag(name)}: there is no folder {Path(path).parent}")
-        if self.plot and not self.plot.endswith(".png"):
-            raise UserError(f"--plot must name a .png file, not {self.plot}")
-        if self.plot and importlib.util.find_spec("matplotlib") is None:
-            raise UserError('--plot needs matplotlib: pip install matplotlib (or "nanopost[plot]")')
 
 
 def cell(name: str, x: float, sign: str = "") -> str:
@@ -172,7 +163,21 @@ def draw(report: dict):
     return figure
 
 
+def check_files(config: Config):
+    """Raises UserError unless the report and the figure can be written: to be noticed now, not after the runs."""
+    for name in ("json", "plot"):
+        if path := getattr(config, name):
+            check_file(flag(name), path)
+            if not Path(path).parent.is_dir():
+                raise UserError(f"{flag(name)}: there is no folder {Path(path).parent}")
+    if config.plot and not config.plot.endswith(".png"):
+        raise UserError(f"--plot must name a .png file, not {config.plot}")
+    if config.plot and importlib.util.find_spec("matplotlib") is None:
+        raise UserError('--plot needs matplotlib: pip install matplotlib (or "nanopost[plot]")')
+
+
 def main(config: Config):
+    check_files(config)
     (a, options), (b, _) = (
         read_command(getattr(config, side), side, config.out, config.seeds, config.keep_every) for side in "ab"
     )
