@@ -82,13 +82,14 @@ def load_config_class(script: str):
     name = "command_" + re.sub(r"\W", "_", script)
     spec = importlib.util.spec_from_file_location(name, script)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(script)))  # as when it is run
+    path = sys.path
+    sys.path = [os.path.dirname(os.path.abspath(script)), str(PACKAGE.parent), *path]  # as when it is run
     try:
         spec.loader.exec_module(module)
     except SyntaxError as error:
         raise UserError(f"line {error.lineno}: {error.msg}") from None
     finally:
-        sys.path.pop(0)
+        sys.path = path
     config_class = getattr(module, "Config", None)
     if not is_dataclass(config_class) or not {"seed", "out", "resume"} <= {
         field.name for field in fields(config_class)

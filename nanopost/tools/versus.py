@@ -93,9 +93,8 @@ def make_report(config: Config, a: list[list[dict]], b: list[list[dict]]) -> dic
     elif metric == "kl":
         equal_kl = {"reason": "the metric is the KL"}
     else:
-        equal_kl = at_equal_kl(
-            *([[(row["kl"], row[metric]) for row in rows] for rows in side] for side in (a, b)), higher
-        )
+        curves = [[[(row["kl"], row[metric]) for row in rows] for rows in side] for side in (a, b)]
+        equal_kl = at_equal_kl(*curves, higher)
     seeds = [row["seed"] for row in ends[0]]
     head = {"a": config.a, "b": config.b, "seeds": seeds, "metric": metric, "better": config.better}
     return head | result | {"equal_kl": equal_kl, "runs": {"a": ends[0], "b": ends[1]}}
@@ -108,14 +107,13 @@ def print_report(report: dict):
 
     # Every run, and the means
     means = [{name: fmean(row[name] for row in side) for name in names} for side in (a, b)]
-    lines = [
-        ["seed", f"{metric} a", f"{metric} b", "b - a", *(f"{name} {side}" for name in names[1:] for side in "ab")]
-    ]
+    heads = [f"{name} {side}" for name in names for side in "ab"]
+    lines = [["seed", *heads[:2], "b - a", *heads[2:]]]
     for pair in [*zip(a, b), means]:
         seeds = dict.fromkeys(str(row.get("seed", "mean")) for row in pair)  # one, if it is the same
         cells = [cell(name, row[name]) for name in names for row in pair]
-        cells.insert(2, cell(metric, pair[1][metric] - pair[0][metric], "+"))
-        lines.append([" and ".join(seeds), *cells])
+        difference = cell(metric, pair[1][metric] - pair[0][metric], "+")
+        lines.append([" and ".join(seeds), *cells[:2], difference, *cells[2:]])
     print(evaluate.markdown(lines) + "\n")
 
     # The comparisons
@@ -178,29 +176,32 @@ def check_files(config: Config):
 
 def main(config: Config):
     check_files(config)
-    (a, options), (b, _) = (
-        read_command(getattr(config, side), side, config.out, config.seeds, config.keep_every) for side in "ab"
-    )
+    how = config.out, config.seeds, config.keep_every
+    a, of_a = read_command(config.a, "a", *how)
+    b, of_b = read_command(config.b, "b", *how)
     if {trial.folder for trial in a} & {trial.folder for trial in b}:
         hint = f"change an option, or give one of them --seed {a[-1].seed + 1}"
         raise UserError(f"both commands make the same runs; {hint} to compare it with itself")
 
-    # How policies are measured: first of all what the training starts from, so that a mistake shows at once
-    runner = Runner(config.metric, None)
-    if config.metric in FORMATS:
-        reference = config.reference or getattr(options, "init", "")
-        if not (os.path.isdir(reference) or is_pretrained(reference)):
-            raise UserError(f"no folder {reference or repr(reference)}: give --reference the policy that KL refers to")
-        names = ("reward", "gold", "prompts", "limit", "samples", "max_new_tokens", "device")
-        how = {name: getattr(config, name) for name in names}
-        runner = Runner(config.metric, evaluate.Config([reference], reference, **how))
+    init, other_init = (getattr(options, "init", "") for options in (of_a, of_b))
 
     def describe(row):
         return ", ".join(f"{name} {cell(name, row[name])}" for name in columns(row, config.metric))
 
-    if runner.evaluation:
-        [start] = runner.evaluate(f"{config.out}/start", [reference])
-        print(clean(f"start, {reference}: {describe(start)}"), flush=True)
+    # The reference is measured before anything is trained, so that a mistake shows at once
+    runner = Runner(config.metric)
+    if config.metric in FORMATS:
+        reference = config.reference or init
+        if not (os.path.isdir(reference) or is_pretrained(reference)):
+            raise UserError(f"no folder {reference or repr(reference)}: give --reference the policy that KL refers to")
+        names = ("reward", "gold", "prompts", "limit", "samples", "max_new_tokens", "device")
+        measuring = {name: getattr(config, name) for name in names}
+        runner = Runner(config.metric, evaluate.Config([reference], reference, **measuring))
+        [row] = runner.evaluate(f"{config.out}/reference", [reference])
+        print(clean(f"reference {reference}: {describe(row)}"), flush=True)
+    if init != other_init:
+        print(clean(f"note: a starts from {init}, b from {other_init}"))
+
     trials = [trial for pair in zip(a, b) for trial in pair]
     rows = runner.measure_all(trials, config.jobs, describe)
     report = make_report(config, rows[::2], rows[1::2])
