@@ -1,7 +1,7 @@
 """Runs of training commands over seeds, in folders that are named after all that the outcome depends on.
 
 What is there already is not made again: a finished run or report is taken as it is, a run that was killed is resumed.
-Other code, options or inputs have another folder. `nanopost versus` compares such runs.
+Another script, another nanopost, other options or inputs have another folder. `nanopost versus` compares such runs.
 """
 
 import hashlib
@@ -91,9 +91,8 @@ def load_config_class(script: str):
     finally:
         sys.path = path
     config_class = getattr(module, "Config", None)
-    if not is_dataclass(config_class) or not {"seed", "out", "resume"} <= {
-        field.name for field in fields(config_class)
-    }:
+    names = {field.name for field in fields(config_class)} if is_dataclass(config_class) else set()
+    if not {"seed", "out", "resume"} <= names:
         raise UserError("it is no training script: it has no Config with seed, out and resume")
     return config_class
 
