@@ -148,8 +148,12 @@ class Runner:
 
     def train(self, trial: Trial):
         """Makes or resumes the run, unless it is finished. If another process is at work on it, waits for that one."""
+        told = False
         while not (trial.finished() or self.stopped):
             if trial.locked():  # by what a killed program has left running, for example
+                if not told:
+                    print(f"{trial.name}, seed {trial.seed}: waiting for another process in {trial.folder}", flush=True)
+                told = True
                 time.sleep(1)
                 continue
             try:
