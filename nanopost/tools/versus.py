@@ -109,11 +109,11 @@ def print_report(report: dict):
     means = [{name: fmean(row[name] for row in side) for name in names} for side in (a, b)]
     heads = [f"{name} {side}" for name in names for side in "ab"]
     lines = [["seed", *heads[:2], "b - a", *heads[2:]]]
-    for pair in [*zip(a, b), means]:
+    differences = [*report["differences"], report["difference"]]
+    for pair, difference in zip([*zip(a, b), means], differences):
         seeds = dict.fromkeys(str(row.get("seed", "mean")) for row in pair)  # one, if it is the same
         cells = [cell(name, row[name]) for name in names for row in pair]
-        difference = cell(metric, pair[1][metric] - pair[0][metric], "+")
-        lines.append([" and ".join(seeds), *cells[:2], difference, *cells[2:]])
+        lines.append([" and ".join(seeds), *cells[:2], cell(metric, difference, "+"), *cells[2:]])
     print(evaluate.markdown(lines) + "\n")
 
     # The comparisons
