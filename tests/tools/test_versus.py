@@ -1,5 +1,6 @@
 """`nanopost versus`: its statistics on known numbers and by simulation; runs that are reused, killed, broken."""
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stdout
+from concurrent.futures import Future
 from statistics import fmean
 
 import pytest
@@ -350,14 +351,29 @@ def test_interrupted_it_stops_what_it_started(run, script, tmp_path, monkeypatch
 # ----------------------------------------------------------------------------------------------------------- policies
 
 
+class OneByOne(contextlib.nullcontext):
+    """A pool without threads: what is submitted is done at once."""
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+    def shutdown(self, **options):
+        pass
+
+
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Runs scripts and tools without starting Python for each."""
+    """Runs scripts and tools without starting Python for each, and without threads: all share sys.stdout."""
+
+    pool = OneByOne()
+    pool.enter_result = pool
 
     def execute(self, what, words, log):
         monkeypatch.setattr(sys, "argv", words[1:] if words[0] == "-m" else words)
         os.makedirs(os.path.dirname(log), exist_ok=True)
-        with open(log, "a") as f, redirect_stdout(f):
+        with open(log, "a") as f, contextlib.redirect_stdout(f):
             try:
                 path = ROOT / "nanopost" / "__main__.py" if words[0] == "-m" else words[0]
                 runpy.run_path(str(path), run_name="__main__")
@@ -365,6 +381,7 @@ def in_this_process(monkeypatch):
                 assert not end.code
 
     monkeypatch.setattr(trials.Runner, "execute", execute)
+    monkeypatch.setattr(trials, "ThreadPoolExecutor", lambda jobs: pool)
 
 
 @pytest.fixture
