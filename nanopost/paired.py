@@ -113,7 +113,7 @@ def at_equal_kl(a: list, b: list, higher_is_better: bool = True) -> dict:
     """
     curves = [*a, *b]
     if min(map(len, curves)) < 2:
-        return {"reason": "no copies of the models were kept; give --keep-every"}
+        return {"reason": "a run kept no copies of its model; give --keep-every N"}
     starts = [[curve[0][0] for curve in side] for side in (a, b)]
     ends = [[max(kl for kl, _ in curve) for curve in side] for side in (a, b)]
     kl = min(map(min, ends))

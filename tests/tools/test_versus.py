@@ -432,7 +432,7 @@ def test_without_a_gold_reward_the_reward_models_score_is_compared(in_this_proce
     pytest.importorskip("matplotlib")
     code, out, err = tool("versus", *policies, "--gold", "", "--plot", tmp_path / "x.png")
     assert (code, err) == (0, "") and "by reward" in out and "gold" not in out
-    assert "not compared at equal KL: no copies of the models were kept; give --keep-every" in out
+    assert "not compared at equal KL: a run kept no copies of its model; give --keep-every N" in out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["metric"] == "reward" and (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
