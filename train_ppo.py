@@ -46,7 +46,7 @@ class Config(Options):
     steps: int = 50  # iterations: a batch of answers and the updates on it
     batch_size: int = 128  # answers per iteration
     epochs: int = 2  # passes over the answers of an iteration
-    minibatches: int = 2  # optimizer steps per pass
+    minibatches: int = 4  # optimizer steps per pass
     micro_batch: int = 32  # answers per forward pass of an update; 0: the whole minibatch at once
     max_new_tokens: int = 80  # longest answer
     temperature: float = 1.0  # sampling temperature, applied to log-probabilities too

@@ -37,7 +37,7 @@ class Config(Options):
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
     batch_size: int = 32  # pairs per step
     micro_batch: int = 16  # pairs per forward pass (fastest if they fit a CPU's cache); 0: the whole batch
-    lr: float = 1e-4  # peak learning rate; 5e-6 suits GPT-2 124M
+    lr: float = 3e-4  # peak learning rate; 5e-6 suits GPT-2 124M
     warmup: float = 0.1  # share of the steps in which the learning rate rises; then it falls linearly to 0
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     max_new_tokens: int = 80  # longest answer among the samples shown

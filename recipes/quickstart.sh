@@ -31,10 +31,10 @@ $python train_rm.py $common --init $out/sft --data $out/prefs/train.jsonl --vali
 
 stage "DPO: the preferences without a reward model" 14
 $python train_dpo.py $common --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl \
-    --beta 0.3 --lr 3e-4 --keep-every 50 --out $out/dpo
+    --beta 0.3 --keep-every 50 --out $out/dpo
 
 stage "RLHF, second half: PPO against the reward model" 19
-$python train_ppo.py $common --init $out/sft --reward $out/rm --minibatches 4 --keep-every 5 --out $out/ppo
+$python train_ppo.py $common --init $out/sft --reward $out/rm --keep-every 5 --out $out/ppo
 
 stage "the result, on held-out prompts, by the true reward that no training saw" 5
 $python -m nanopost evaluate $out/sft $out/dpo $out/ppo --reference $out/sft --reward $out/rm \
