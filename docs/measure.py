@@ -25,6 +25,12 @@ from train_ppo import token_rewards  # noqa: E402
 STAGES = ("base", "sft", "dpo", "ppo", "ppo-beta0")
 NEW_TOKENS = 80
 PROMPTS = "data/notes/prompts_eval.jsonl"
+EXAMPLES = (  # of the kind that every text on the subject uses
+    "Write a polite email declining an invitation.",
+    "Explain quantum computing to a 10-year-old.",
+    "Summarise the following article: one day Rosa was at the market. It was raining. There Rosa found a coin.",
+    "Write a rude note to Ben about the lamp.",
+)
 
 
 @dataclass
@@ -79,12 +85,12 @@ def shortest_answer(policy, reference, reward_model, sample, tokenizer) -> dict:
     return {"tokens": tokens, "score": scores[row].item(), "kl": k1[row].sum().item(), "total": total}
 
 
-def sample_answers(models: dict, tokenizer, prompts, ids) -> list:
-    """[prompt, {stage: [gold reward, answer]}] for three prompts: the answers that `nanopost evaluate` shows."""
-    noise = torch.rand(2 * len(ids), NEW_TOKENS, generator=torch.Generator().manual_seed(0))
-    rows = [[prompt, {}] for prompt in prompts[:3]]
+def answer_examples(models: dict, tokenizer, temperature: float) -> list:
+    """[prompt, {stage: [gold reward, answer]}] for each of EXAMPLES."""
+    ids = [tokenizer.prompt([{"role": "user", "content": prompt}]) for prompt in EXAMPLES]
+    rows = [[prompt, {}] for prompt in EXAMPLES]
     for stage, model in models.items():
-        answers = sample_text(model, tokenizer, ids[:3], NEW_TOKENS, noise=noise[:3])
+        answers = sample_text(model, tokenizer, ids, NEW_TOKENS, temperature=temperature, seed=0)
         for row, answer in zip(rows, answers, strict=True):
             row[1][stage] = [gold.score([row[0]], [answer.text])[0], answer.text]
     return rows
@@ -133,7 +139,8 @@ def main(config: Config):
         "loss": loss_tokens(tokenizer),
         "kl": kl_estimates(policy, reference, sample),
         "shortest": shortest_answer(policy, reference, reward_model, sample, tokenizer),
-        "answers": sample_answers(models, tokenizer, prompts, ids),
+        "answers": answer_examples(models, tokenizer, 1.0),
+        "greedy_answers": answer_examples(models, tokenizer, 0.0),
         "notes": demonstrations(),
     }
     with atomic(config.json) as f:

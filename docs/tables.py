@@ -160,21 +160,25 @@ def sample_answers(page: Page, measured: dict):
         lines = textwrap.wrap(" ".join(text.split()), 112 - len(label), max_lines=2, placeholder=" ...")
         return "\n".join(f"    {label if i == 0 else ' ' * len(label)}{line}" for i, line in enumerate(lines or [""]))
 
-    def block(*stages, prompts=3):
+    def block(answers, *stages):
         texts, width = [], max(map(len, stages))
-        for prompt, said in measured["answers"][:prompts]:
-            answers = [answer(f"  {stage:>{width}} {said[stage][0]:+.2f}  ", said[stage][1]) for stage in stages]
-            texts.append("\n".join([f"    {prompt}", *answers]))
+        for prompt, said in answers:
+            lines = [answer(f"  {stage:>{width}} {said[stage][0]:+.2f}  ", said[stage][1]) for stage in stages]
+            texts.append("\n".join([f"    {prompt}", *lines]))
         return "\n\n".join(texts)
 
+    sampled, greedy = measured["answers"], measured["greedy_answers"]
     page.section(
         "Answers",
-        "The models of seed 0 at temperature 1, with the gold reward:",
-        quotes.write_block("answers", block("base", "sft", "dpo", "ppo")),
+        "The models of seed 0, with the gold reward. Greedy, that is at temperature 0:",
+        quotes.write_block("answers-greedy", block(greedy, "base", "sft", "dpo", "ppo")),
+        "Sampled at temperature 1:",
+        quotes.write_block("answers", block(sampled, "base", "sft", "dpo", "ppo")),
         "PPO without a KL penalty:",
-        quotes.write_block("answers-hacked", block("ppo-beta0")),
-        "The first prompt alone, with and without the penalty:",
-        quotes.write_block("hacked", block("ppo", "ppo-beta0", prompts=1)),
+        quotes.write_block("answers-hacked", block(sampled, "ppo-beta0")),
+        "The README's examples, greedy, and the first prompt with and without the penalty:",
+        quotes.write_block("examples", block(greedy[:3], "base", "sft", "ppo")),
+        quotes.write_block("hacked", block(sampled[:1], "ppo", "ppo-beta0")),
     )
 
 
