@@ -103,6 +103,7 @@ def collect(config: Config, out: Path, stamps: dict) -> tables.Page:
     tables.sample_answers(page, measured)
     tables.best_of_n(page, out)
     tables.contrast(page, out)
+    tables.betas(page, out)
     tables.sums(page, out)
     tables.logs(page, out)
     tables.closer_look(page, measured)

@@ -75,6 +75,14 @@ for percent in 20 50; do
 done
 """
 
+BETAS = """
+for beta in 0.1 1; do
+    $python train_dpo.py --init $seed0/sft --data $seed0/prefs/train.jsonl --valid "" --beta $beta --out $here/dpo-$beta
+done
+$python -m nanopost evaluate $here/dpo-0.1 $here/dpo-1 --reference $seed0/sft --reward $seed0/rm \\
+    --gold data/notes/gold.py:score --json $here/report.json
+"""
+
 VALUE_COEF = """
 $python train_ppo.py --init $seed0/sft --reward $seed0/rm --value-coef 0.1 --out $here/ppo
 $python -m nanopost evaluate $here/ppo --reference $seed0/sft --reward $seed0/rm --gold data/notes/gold.py:score \\
@@ -132,6 +140,7 @@ def all_steps(out: Path, seeds: int, instructions: str, quick: bool) -> list[Ste
     steps.append(Step("rest", REST, CODE))
     steps.append(Step("sums", SUMS, CODE))
     steps.append(Step("contrast", CONTRAST, CODE))
+    steps.append(Step("betas", BETAS, CODE))
     steps.append(Step("value-coef", VALUE_COEF, CODE))
     steps.append(Step("measured", MEASURE, [*CODE, "docs/measure.py"]))
     steps.append(Step("proofs", PROOFS, [*TESTS, "tests/proofs/*.py"]))

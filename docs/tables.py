@@ -233,6 +233,19 @@ def contrast(page: Page, out: Path):
     )
 
 
+def betas(page: Page, out: Path):
+    """DPO at several betas."""
+    rows = read_report(out / "betas")[1] | {"dpo-0.3": pipeline_rows(out / "seed0")[1]["dpo"]}
+    rows = {name.removeprefix("dpo-"): row for name, row in sorted(rows.items())}
+    for name, row in rows.items():
+        page.numbers |= {f"beta-{name.replace('.', '')}.{column}": value for column, value in values(row).items()}
+    page.section(
+        "DPO's beta",
+        "Seed 0, `train_dpo.py --beta`:",
+        quotes.write_block("betas", report_table(rows, "gold", "reward", "kl", "distinct").replace("stage", "beta ")),
+    )
+
+
 def sums(page: Page, out: Path):
     _, rows = read_report(out / "sums")
     for name, stage in (("before", "sft"), ("greedy", "sft@0"), ("after", "ppo")):
@@ -255,6 +268,8 @@ LOGGED = {  # run -> metric -> how to write it
         "eval/kl": lambda x: fixed(x, 1),
         "eval/entropy": lambda x: fixed(x, 1),
         "val/explained_variance": fixed,
+        "loss/policy": lambda x: fixed(x, 3),
+        "val/ratio": lambda x: fixed(x, 4),
         "policy/clipfrac": rounded,
         "policy/approxkl": rounded,
     },
