@@ -713,6 +713,17 @@ def test_the_annotator_prefers_by_the_gold_reward(workshop, tmp_path, data, line
     assert ceiling > 0.6 and better / len(valid) == pytest.approx(ceiling, abs=0.05)  # the best that is possible
 
 
+def test_the_majority_of_the_annotators_decides():
+    """With p that one of them prefers the better answer, three do with p^3 + 3 p^2 (1-p)."""
+    answers = [(THANK_BEST, "Thank you so much.")] * 4000
+    p = annotate.preference(5.0, 0.5, 6.0)
+    for votes, expected in ((1, p), (3, p**3 + 3 * p**2 * (1 - p))):
+        records = list(annotate.label([THANK] * 4000, answers, 6.0, random.Random(0), votes))
+        right = [record["chosen"] == THANK_BEST for record in records]
+        assert sum(right) / 4000 == pytest.approx(expected, abs=0.02)
+        assert all(r["probability"] == pytest.approx(p if ok else 1 - p) for r, ok in zip(records, right))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_contrast_pairs_compare_with_the_answer_to_another_prompt_of_the_family(share):
     names = [f"{family}{i}" for i in range(100) for family in ("a", "b")]
