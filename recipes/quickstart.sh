@@ -34,7 +34,7 @@ $python train_dpo.py $common --init $out/sft --data $out/prefs/train.jsonl --val
     --beta 0.3 --keep-every 50 --out $out/dpo
 
 stage "RLHF, second half: PPO against the reward model" 19
-$python train_ppo.py $common --init $out/sft --reward $out/rm --keep-every 5 --out $out/ppo
+$python train_ppo.py $common --init $out/sft --reward $out/rm --steps 60 --keep-every 5 --out $out/ppo
 
 stage "the result, on held-out prompts, by the true reward that no training saw" 5
 $python -m nanopost evaluate $out/sft $out/dpo $out/ppo --reference $out/sft --reward $out/rm \
