@@ -156,14 +156,14 @@ def pipeline(page: Page, out: Path, stamps: dict):
 
 
 def sample_answers(page: Page, measured: dict):
-    def answer(label: str, text: str) -> str:
-        lines = textwrap.wrap(" ".join(text.split()), 112 - len(label), max_lines=2, placeholder=" ...")
+    def answer(label: str, text: str, lines: int) -> str:
+        lines = textwrap.wrap(" ".join(text.split()), 112 - len(label), max_lines=lines, placeholder=" ...")
         return "\n".join(f"    {label if i == 0 else ' ' * len(label)}{line}" for i, line in enumerate(lines or [""]))
 
     def block(answers, *stages):
         texts, width = [], max(map(len, stages))
         for prompt, said in answers:
-            lines = [answer(f"  {stage:>{width}} {said[stage][0]:+.2f}  ", said[stage][1]) for stage in stages]
+            lines = [answer(f"  {s:>{width}} {said[s][0]:+.2f}  ", said[s][1], 1 + (s != "base")) for s in stages]
             texts.append("\n".join([f"    {prompt}", *lines]))
         return "\n\n".join(texts)
 
