@@ -23,9 +23,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sft", "rm", "dpo", "ppo"]
 FORKS = ["ipo", "grpo"]  # in forks/
+VARIANTS = ["simpo_loss", "orpo_loss", "kto_loss"]  # that readers of exercises/ write into a copy of train_dpo.py
 
 # as in pyproject.toml, for processes that pytest did not start
-for folder in (ROOT / "tests" / "proofs", ROOT / "data" / "notes", ROOT / "forks", ROOT):
+for folder in (*(ROOT / name for name in ("tests/exercises", "tests/proofs", "data/notes", "forks")), ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
@@ -363,9 +364,23 @@ def functions_in(path) -> dict[str, str]:
     return functions
 
 
+def unwritten(path) -> list[str]:
+    """The functions of a file that only raise NotImplementedError: exercises that wait for their answer."""
+    stubs = []
+    for node in ast.parse(Path(path).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and isinstance(node.body[-1], ast.Raise):
+            alone = len(node.body) == 1 + (ast.get_docstring(node) is not None)
+            if alone and "NotImplementedError" in ast.unparse(node.body[-1]):
+                stubs.append(node.name)
+    return stubs
+
+
 def resembled(path) -> str:
     """The script that has the most functions in common with this file, and of several the most lines: dpo."""
     names, lines = functions_in(path).keys(), set(Path(path).read_text(encoding="utf-8").splitlines())
+
+    if names & set(VARIANTS):
+        return "dpo"
 
     def likeness(script):
         text = script_path(script).read_text(encoding="utf-8")
@@ -376,15 +391,19 @@ def resembled(path) -> str:
 
 def put_in_place(path) -> list[tuple[str, str]]:
     """Runs the file in the namespace of the script that it resembles: what it defines replaces ours, the rest stays.
-    A function that only other scripts have replaces theirs. Returns [(script, function)] of what was replaced."""
+    A function that only other scripts have replaces theirs; one that is not written yet replaces nothing. Returns
+    [(script, function)] of what was replaced; of a file with a loss of VARIANTS, which is DPO no longer, that loss."""
     if not os.path.isfile(path):
         raise UserError(f"no file {path}")
     try:
-        names, home = functions_in(path), resembled(path)
+        stubs, home = unwritten(path), resembled(path)
+        names = [name for name in functions_in(path) if name not in stubs]
         module = importlib.import_module(f"train_{home}")
+        ours = dict(vars(module))
         file = os.path.abspath(path)
         exec(compile(Path(path).read_text(encoding="utf-8"), file, "exec"), vars(module))
         module.__file__ = file
+        vars(module).update({name: ours[name] for name in stubs if name in ours})
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{path}: {error}".splitlines()[0]) from None
     except (Exception, SystemExit) as error:
@@ -395,9 +414,11 @@ def put_in_place(path) -> list[tuple[str, str]]:
         for script in [home] if home in owners else owners[:1]:
             setattr(importlib.import_module(f"train_{script}"), name, getattr(module, name))
             replaced.append((script, name))
+    if not replaced and stubs:
+        raise UserError(f"{path}: nothing is written yet; replace `raise NotImplementedError` in one of its functions")
     if not replaced:
         raise UserError(f"{path} defines no function of the scripts, such as dpo_loss or policy_loss")
-    return replaced
+    return [("dpo", name) for name in names if name in VARIANTS] or replaced
 
 
 def pytest_collection_modifyitems(config, items):
@@ -436,7 +457,7 @@ def tell_in_words(terminal, path, mine):
 
     ours = {script: functions_in(script_path(script)) for script in SCRIPTS + FORKS}
     theirs = functions_in(path)
-    changed = [(script, name) for script, name in mine if theirs[name] != ours[script][name]] or mine
+    changed = [(script, name) for script, name in mine if theirs[name] != ours[script].get(name)] or mine
     failed, passed = {}, {}  # {name of the test: its first report}
     for kind, reports in (("failed", failed), ("error", failed), ("passed", passed)):
         for report in terminal.stats.get(kind, []):
@@ -464,6 +485,8 @@ def tell_in_words(terminal, path, mine):
             terminal.write_line(f"{name} returns what it would with this mistake of mutants.py: {mistake}")
     if absent := {name: None for functions in ours.values() for name in functions if name not in theirs}:
         terminal.write_line(f"does not apply, for {path} does not define it: {', '.join(absent)}")
+    if stubs := unwritten(path):
+        terminal.write_line(f"not written yet: {', '.join(stubs)}")
 
 
 def what_is_wrong(words, report) -> str:

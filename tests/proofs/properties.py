@@ -10,6 +10,7 @@ import test_enumeration
 import test_forks
 import test_losses
 import test_rollout
+import test_variants
 import test_wiring
 from conftest import script_path
 from mutants import MUTANTS
@@ -37,6 +38,9 @@ PROPERTIES = {  # functions whose names begin so: the tests that look at them, i
     "train_dpo.update": STEPS,
     "train_dpo.evaluate": named(test_wiring, "dpo_held_out", "dpo_loss"),
     "train_dpo.main": WIRING + named(test_wiring, "dpo"),
+    "train_dpo.simpo_loss": named(test_variants, "simpo"),
+    "train_dpo.orpo_loss": named(test_variants, "orpo"),
+    "train_dpo.kto_loss": named(test_variants, "kto"),
     "train_ppo": [
         *named(test_losses, "token", "rewards", "gae", "whiten", "policy", "value", "adaptive", "losses"),
         *named(test_enumeration, "at_the", "the_expected", "k1_of", "the_ppo", "whiten", "the_best"),
@@ -143,6 +147,22 @@ WORDS = {
         "ipo_has_its_minimum": "its minimum is not ref exp(P / beta) / Z, P the chance to be preferred",
         "ipo_stops": "it does not stop at h = (p - 1/2) / beta: the target, or label smoothing?",
         "ipo_stays": "it runs away where all labels agree: a hinge, or DPO's loss?",
+    },
+    "simpo_loss": {
+        "simpo_losses": "not equation 6: sums for means over an answer's tokens, gamma times beta, or its sign?",
+        "simpo_does_not": "the reference changes the loss: SimPO has none",
+        "simpo_gradient": "the gradient is not that of equation 6: {}",
+    },
+    "orpo_loss": {
+        "orpo_losses": "not equations 3 to 7: P per token, not of the whole answer? odds, not P? SFT on the chosen?",
+        "orpo_does_not": "the reference changes the loss: ORPO has none",
+        "orpo_gradient": "the gradient is not that of equations 8 to 10: {}",
+    },
+    "kto_loss": {
+        "kto_losses": "not the mean of 1 - v over both sides: z_0 of the whole batch, never below 0? the sign?",
+        "kto_starts": "it does not start at 1/2, where the policy is the reference",
+        "kto_gradient": "the gradient is not beta v (1 - v) on each side: does z_0 have one? {}",
+        "kto_does_not": "which rejected answer stands beside which chosen one changes the loss: KTO knows no pairs",
     },
     "token_rewards": {
         "token_rewards_are_minus": "not -beta (log pi - log ref) on every token of the answer, its end too, plus the "
@@ -293,7 +313,7 @@ def source_of(script, name):
 def known_mistake(module, name):
     """The mistake of mutants.py with which our function returns what the one that is in its place does, or ""."""
     calls, namespace = arguments().get(name), vars(importlib.import_module(module))
-    source = source_of(module.removeprefix("train_"), name)
+    source = source_of(module.removeprefix("train_"), name) if calls else ""
     for what, right, wrong in MUTANTS.get(f"{module}.{name}", []) if calls else []:
         with contextlib.suppress(Exception):  # it may not even run
             copy = dict(namespace)
