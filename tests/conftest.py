@@ -421,6 +421,17 @@ def put_in_place(path) -> list[tuple[str, str]]:
     return [("dpo", name) for name in names if name in VARIANTS] or replaced
 
 
+@pytest.fixture
+def as_they_were():
+    """What a test puts in the place of the scripts' functions is gone afterwards."""
+    modules = [importlib.import_module(f"train_{script}") for script in SCRIPTS + FORKS]
+    before = [dict(vars(module)) for module in modules]
+    yield
+    for module, names in zip(modules, before):
+        vars(module).clear()
+        vars(module).update(names)
+
+
 def pytest_collection_modifyitems(config, items):
     """With --mine, the properties of its functions are run and no other tests."""
     if config.getoption("--mine"):

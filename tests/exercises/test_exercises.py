@@ -43,17 +43,6 @@ def prove(file):
     return done.returncode, done.stdout.splitlines()
 
 
-@pytest.fixture
-def as_they_were():
-    """What a test puts in the place of the scripts' functions is gone afterwards."""
-    modules = [importlib.import_module(f"train_{script}") for script in SCRIPTS + FORKS]
-    before = [dict(vars(module)) for module in modules]
-    yield
-    for module, names in zip(modules, before):
-        vars(module).clear()
-        vars(module).update(names)
-
-
 # ---------------------------------------------------------------------------------------------------- fill in the loss
 
 

@@ -105,7 +105,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_file_that_cannot_be_used_is_refused_in_one_line(kind, tmp_path):
+def test_a_file_that_cannot_be_used_is_refused_in_one_line(kind, tmp_path, as_they_were):
     text, message = WRONG[kind]
     if text:
         (tmp_path / "mine.py").write_text(text)

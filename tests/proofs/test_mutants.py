@@ -129,12 +129,10 @@ def pair_logprobs(model, batch):
 """
 
 
-def test_a_file_that_is_given_as_mine_is_tested_in_the_place_of_the_script_that_it_resembles(tmp_path, monkeypatch):
+def test_a_file_that_is_given_as_mine_is_tested_in_the_place_of_the_script_that_it_resembles(tmp_path, as_they_were):
     for script in SCRIPTS + FORKS:
         assert resembled(script_path(script)) == script
     ours = importlib.import_module("train_dpo")
-    for name in ("dpo_loss", "pair_logprobs", "__file__"):
-        monkeypatch.setattr(ours, name, getattr(ours, name))  # to have it back afterwards
     (tmp_path / "train_ipo.py").write_text(MY_LOSS)
     put_in_place(tmp_path / "train_ipo.py")
     pair = test_enumeration.pairs_of([(0, 1)])
