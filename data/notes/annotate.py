@@ -37,7 +37,7 @@ class Config:
     out: str = "out/prefs"  # folder for train.jsonl and valid.jsonl
     pairs: int = 10000  # training pairs
     valid_pairs: int = 2000  # held-out pairs
-    votes: int = 3  # annotators of each training pair, who vote
+    votes: int = 3  # annotators of each training pair, who vote: an odd number
     annotators: int = 16  # judgements of each held-out pair, all kept: a steadier measure without more sampling
     temperature: float = 2.0  # noise of the annotator, in points of the gold reward
     contrast: float = 0.0  # share of the training pairs whose second answer belongs to another prompt of the family
@@ -49,6 +49,8 @@ class Config:
         at_least(self, 1, "pairs", "valid_pairs", "votes", "annotators", "max_new_tokens")
         if self.temperature <= 0:
             raise UserError("--temperature must be above 0")
+        if self.votes % 2 == 0:
+            raise UserError(f"--votes must be odd, not {self.votes}: half of them decide nothing")
         if not 0 <= self.contrast <= 1:
             raise UserError(f"--contrast must be between 0 and 1, not {self.contrast}")
 
