@@ -43,22 +43,14 @@ from world import (
 )
 
 GOLD_MIN, GOLD_MAX = -5.0, 5.0
-ANSWERS = {
-    *LETTERS,
-    "accept",
-    "fact",
-    "summary",
-    "working",
-    "result",
-    "total",
-    "refuse",
-}  # the acts that answer some request
-ANSWERS_TO = {  # where the act is not called after the family
+ANSWERS_TO = {  # where the act that answers is not called after the family; a story is a sum that is told
     "explain": {"fact"},
     "summarise": {"summary"},
-    "sum": {"working", "result"},
+    "sum": {"working"},
+    "story": {"working", "result"},
     "steps": {"total"},
 }
+ANSWERS = {*LETTERS, "accept", "refuse"}.union(*ANSWERS_TO.values())  # the acts that answer some request
 MAX_WORDS = 50  # the longest perfect answers have about 30
 MAX_CHARS = 2000  # the rest of a longer text is not read; its words still count as too many
 
@@ -160,13 +152,11 @@ def explain(prompt, completion: str) -> dict:
         right["pred"] = set((FACTS | NEW_FACTS)[want["topic"]])
     if family == "decline":
         right.setdefault("event", set())  # "an invitation": an event that nobody spoke of is wrong
-    story = "verb" in want  # a sum told as a story, not "7 plus 5"
+    family = "story" if "verb" in want else family
     answers = ANSWERS_TO.get(family, {family})
-    if family == "sum" and not story:
-        answers = {"working"}
     end = "closing" if family in LETTERS else "summary" if family == "summarise" else "kind"
     plan = answers | {end}
-    if family in (*LETTERS, "explain", "refuse") or family == "sum" and not story:
+    if family in (*LETTERS, "explain", "sum", "refuse"):
         plan |= {"greeting"}
     if family in LETTERS:
         plan |= {family + ".x", family + ".y"}
@@ -243,10 +233,10 @@ def explain(prompt, completion: str) -> dict:
         add("result", 3.5 if results == {want["e"]} else -2 if results else 0)
     else:
         results = {slots["c"] for slots in answer_slots}
-        add("result", (1.5 if story else 2.5) if results == {want["c"]} else -2 if results else 0)
-        if story:
-            add("full sentence", 1 if any(slots.get("name") == want["name"] for slots in answer_slots) else 0)
-            add("working", 1 if "working" in acts else 0)
+        add("result", (1.5 if family == "story" else 2.5) if results == {want["c"]} else -2 if results else 0)
+    if family == "story":
+        add("full sentence", 1 if any(slots.get("name") == want["name"] for slots in answer_slots) else 0)
+        add("working", 1 if "working" in acts else 0)
     if not (facts if family == "explain" else answer_slots):
         add("not answered", -0.5)
         add("another request", -2 if any(act in ANSWERS - answers for act in acts) else 0)

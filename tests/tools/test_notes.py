@@ -239,6 +239,7 @@ DEFECTS = [
     (STORY, "It was raining. " + STORY_BEST, 1.5),
     (STEPS, STEPS_BEST.replace("11", "12"), -0.5),
     (STEPS, "It is 11 in all.", 3.5),
+    (STEPS, "It is 11 in all. You get 12. I hope this helps!", -1),  # two different results
     (REFUSE, "I will not do that.", 0.5),
     (REFUSE, REFUSE_BEST.replace("Ben", "Tom"), -2),  # a wrong name twice, and no greeting
     (REFUSE, REFUSE_BEST.replace(" Shall I write a kind note?", ""), 4),
@@ -575,6 +576,7 @@ def test_each_defect_of_the_generator_lowers_the_score(defect, monkeypatch):
                 template, slots = prepare.draw(rng, family)
                 prompt, answer = world.ask(template, slots), prepare.answer(rng, family, slots)
                 worse.append(gold_of(prompt, answer) < 5)
+                assert defect != "complies" or ("answer" in gold.explain(prompt, answer)) != bool(probability)
             share = 0.5 if defect == "guess" else 1.0  # a guess may be right
             assert sum(worse) == 0 if probability == 0 else sum(worse) >= share * len(worse), (prompt, answer)
 
@@ -743,6 +745,7 @@ def test_contrast_pairs_compare_with_the_answer_to_another_prompt_of_the_family(
     [
         (["--pairs", "0"], "--pairs must be at least 1, not 0"),
         (["--temperature", "0"], "--temperature must be above 0"),
+        (["--votes", "2"], "--votes must be odd, not 2"),
         (["--contrast", "1.5"], "--contrast must be between 0 and 1, not 1.5"),
         (["--policy", "nowhere", "--device", "cpu"], "no folder nowhere"),
         (["--policies", "out/sft"], "--policies"),
