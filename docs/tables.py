@@ -11,6 +11,7 @@ import torch
 
 from docs import quotes, runs
 from nanopost.config import UserError
+from nanopost.tools.evaluate import markdown
 
 
 class Page:
@@ -45,9 +46,7 @@ def rounded(x: float) -> str:
 
 def table(*rows: list) -> str:
     """A Markdown table; the first row is its head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    return "\n".join("| " + " | ".join(x.ljust(width) for x, width in zip(line, widths)) + " |" for line in lines)
+    return markdown([*rows])
 
 
 COLUMNS = {  # column of `nanopost evaluate` -> title, how to write it
@@ -138,7 +137,7 @@ def pipeline(page: Page, out: Path, stamps: dict):
         lines.append([seed[4:], *gold, " / ".join(kl), " / ".join(distinct), accuracy, found["rm.reads_prompt"]])
     head = ["seed", "SFT", "SFT, greedy", "best of 4", "DPO", "PPO", "beta 0", "KL DPO / PPO / beta 0"]
     head += ["distinct SFT / DPO / PPO", "RM's accuracy", "reads the prompt"]
-    number["quickstart.cpu_minutes"] = fixed(sum(stamps[seed]["cpu_seconds"] for seed in seeds) / len(seeds) / 60, 1)
+    number["quickstart.minutes"] = fixed(sum(read_report(out / s)[0]["seconds"] for s in seeds) / len(seeds) / 60, 1)
     _, rows = pipeline_rows(out / "seed0")
     page.section(
         "The pipeline",
