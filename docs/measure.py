@@ -127,7 +127,7 @@ def main(config: Config):
         model, tokenizer = load_model(os.path.join(config.folder, stage))
         models[stage] = freeze(model)
     reward_model, _ = load_model(os.path.join(config.folder, "rm"), reward=True)
-    prompts, ids = load_prompts(PROMPTS, tokenizer, model.config.block_size - NEW_TOKENS)
+    _, ids = load_prompts(PROMPTS, tokenizer, model.config.block_size - NEW_TOKENS)
 
     def sample(model, temperature=1.0) -> Batch:
         generator = torch.Generator().manual_seed(0)

@@ -84,7 +84,7 @@ $python -m nanopost evaluate $here/dpo-0.1 $here/dpo-1 --reference $seed0/sft --
 """
 
 VALUE_COEF = """
-$python train_ppo.py --init $seed0/sft --reward $seed0/rm --value-coef 0.1 --out $here/ppo
+$python train_ppo.py --init $seed0/sft --reward $seed0/rm --steps 60 --value-coef 0.1 --out $here/ppo
 $python -m nanopost evaluate $here/ppo --reference $seed0/sft --reward $seed0/rm --gold data/notes/gold.py:score \\
     --json $here/report.json
 """

@@ -312,6 +312,7 @@ STRICT = [path for path in results.pages() if path.parent in (ROOT, ROOT / "docs
 CONSTANTS = {  # phrases of the documents whose numbers nobody measured, and where they are from
     "sampled at 0.7": "the temperature that kl.cold was measured at (docs/measure.py)",
     "= 0.1$": "the default of --beta",
+    "= 0.3$": "quickstart's --beta of DPO",
     "default of 0.1": "the default of --beta",
     "loss 0.693": "ln 2",
     "above 0.3 or an approxkl above 0.1": "rules of thumb",
