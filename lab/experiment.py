@@ -84,7 +84,7 @@ def execute(folders: Folders, make, commands: str):
     if make:
         make(replace(folders, here=unfinished))
     names = vars(folders) | {"here": unfinished, "PYTHONPATH": str(ROOT)}
-    shell = f"python() {{ {sys.executable} \"$@\"; }}\nnanopost() {{ python -m nanopost \"$@\"; }}\n{commands}"
+    shell = f'python() {{ {sys.executable} "$@"; }}\nnanopost() {{ python -m nanopost "$@"; }}\n{commands}'
     with open(f"{unfinished}/log.txt", "w") as log:
         environment = os.environ | {name: str(x) for name, x in names.items()}
         command = ["bash", "-e", "-o", "pipefail", "-c", shell]
