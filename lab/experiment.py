@@ -88,29 +88,29 @@ def execute(folders: Folders, make, commands: str):
     with open(f"{unfinished}/log.txt", "w") as log:
         environment = os.environ | {name: str(x) for name, x in names.items()}
         command = ["bash", "-e", "-o", "pipefail", "-c", shell]
-        code = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    if code.returncode:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        _, process.returncode, usage = os.wait4(process.pid, 0)
+    if process.returncode:
         end = Path(unfinished, "log.txt").read_text()[-1000:]
         shutil.rmtree(unfinished)
         raise UserError(f"a run of the experiment failed; the end of what it said is\n{end}")
+    Path(unfinished, "seconds").write_text(str(usage.ru_utime + usage.ru_stime))
     os.rename(unfinished, folders.here)
 
 
 def work(folders: Folders, make, commands: str, measure, code: str) -> dict:
-    """One run, in a process of its own, unless it is there: its measurements, and the seconds that it took."""
-    began, kept = time.time(), Path(folders.here, f"measured-{code}.json")
+    """One run, in a process of its own, unless it is there: its measurements, and the processor time that it took."""
+    kept, began = Path(folders.here, f"measured-{code}.json"), time.process_time()
     if not os.path.exists(folders.here):
         execute(folders, make, commands)
-        Path(folders.here, "seconds").write_text(str(time.time() - began))
-    began = time.time()
-    if measure and not kept.exists():
-        measured = {"seconds_to_measure": 0.0} | measure(folders)
-        measured["seconds_to_measure"] = time.time() - began
+    if not measure:
+        return {"seconds": time.process_time() - began + float(Path(folders.here, "seconds").read_text())}
+    if not kept.exists():
+        measured = measure(folders)
+        measured["seconds"] = time.process_time() - began + float(Path(folders.here, "seconds").read_text())
         with atomic(str(kept)) as f:
             json.dump(measured, f)
-    measured = json.loads(kept.read_text()) if measure else {"seconds_to_measure": 0.0}
-    measured["seconds"] = float(Path(folders.here, "seconds").read_text()) + measured.pop("seconds_to_measure")
-    return measured
+    return json.loads(kept.read_text())
 
 
 def prepare(config: Config) -> str:
@@ -126,7 +126,7 @@ def prepare(config: Config) -> str:
 
 
 def run_all(config: Config, name: str, make, first: str, arms: dict, measure) -> tuple[dict, float]:
-    """(results[arm][column], a list over the seeds; the seconds that all runs took)."""
+    """(results[arm][column], a list over the seeds; the processor time of all runs, in seconds)."""
     os.environ["OMP_NUM_THREADS"] = "1"
     base, code = prepare(config), hashlib.sha256(meaning(Path(sys.argv[0])).encode()).hexdigest()[:8]
     out, start = Path(config.out).resolve(), str(Path(config.start).resolve())
@@ -239,7 +239,7 @@ def conduct(arms: dict, columns: dict, measure, judge, draw, make=None, first: s
         table = markdown([head, *rows])
         verdict, why = judge(results) if not config.quick else ("No verdict", "A few steps show nothing.")
         machine = "{processor} ({capability}), {cores} cores, torch {torch}".format(**conditions())
-        note = f"{config.seeds} seeds; mean and 95% interval; {seconds / 120:.0f} min on two cores of {machine}."
+        note = f"{config.seeds} seeds; mean and 95% interval; {seconds / 120:.1f} min on two cores of {machine}."
         print(f"\n{table}\n\n{verdict}. {why}\n\n{note}")
         figure = Figure(figsize=(8, 3.2), layout="constrained")
         draw(figure, results)
