@@ -3,6 +3,7 @@
 # make lint         checks the code with ruff, and that it is formatted (`ruff format` formats it)
 # make bench        measures speed and memory; e.g. make bench BENCH="--size trl-small --against trl"
 # make torture      kills, crashes, full disks, damaged and malformed files in full (docs/reliability.md)
+# make lab          runs all experiments of the lab (lab/README.md), about 45 minutes on two cores
 # make results      runs what the documents quote and writes docs/results.md
 
 PYTHON ?= python3
@@ -24,6 +25,9 @@ torture: .venv/installed
 bench: .venv/installed
 	$(VENV) benchmarks/bench.py $(BENCH)
 
+lab: .venv/installed
+	$(VENV) -m nanopost lab all $(LAB)
+
 results: .venv/installed
 	$(VENV) -m pip install --quiet --editable ".[hf]"
 	$(VENV) docs/results.py
@@ -33,4 +37,4 @@ results: .venv/installed
 	$(VENV) -m pip install --quiet --editable ".[test,plot,dev]"
 	touch $@
 
-.PHONY: quickstart test lint torture bench results
+.PHONY: quickstart test lint torture bench lab results

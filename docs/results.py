@@ -2,6 +2,7 @@
 
     python docs/results.py                          # or `make results`: about an hour of processor time
     python docs/results.py --instructions FILE      # also recipes/instructions.sh, on a file of yours
+    python docs/results.py --versus A.json,B.json   # runs nothing: a table of these reports of `nanopost versus`
     python docs/results.py --check                  # runs nothing: do the documents quote docs/results.md?
 
 What has run is kept in out/results, so a second call only rewrites the documents. docs/runs.py has the commands,
@@ -40,20 +41,23 @@ class Config:
     instructions: str = ""  # a JSON list of instructions with preferences, for recipes/instructions.sh; empty: what
     # results.md says about that recipe stays
     bench: str = ""  # reports of benchmarks/bench.py --json, separated by commas; empty: the table of speeds stays
+    versus: str = ""  # reports of `nanopost versus --json`, separated by commas: only their table is written
     check: bool = False  # only compare the documents with results.md
     quick: bool = False  # a few steps of everything, to try this command: writes results.md into --out, no document
 
     def __post_init__(self):
         at_least(self, 1, "jobs", "seeds")
-        for path in self.bench.split(",") if self.bench else []:
-            if not Path(path).is_file():
-                raise UserError(f"--bench: there is no file {path}")
+        for option in ("bench", "versus"):
+            for path in filter(None, getattr(self, option).split(",")):
+                if not Path(path).is_file():
+                    raise UserError(f"--{option}: there is no file {path}")
 
 
 # title -> how to measure it, the names of its numbers
 OPTIONAL = {
     "Parity with transformers": ('pip install -e ".[hf]"', "parity."),
     "Real instructions": ("--instructions FILE", "instructions."),
+    "Verdicts over seeds": ("nanopost versus ... --json FILE, then --versus FILE", "versus."),
     "Speed": ("make bench BENCH='--json FILE ...', then --bench FILE", "speed."),
 }
 
@@ -117,10 +121,25 @@ def collect(config: Config, out: Path, stamps: dict) -> tables.Page:
     return page
 
 
+def put_section(title: str, text: str, page: str) -> str:
+    """results.md with another text of this section, which is the last one if it is new."""
+    head, mark, numbers = page.partition(quotes.LIST)
+    parts = re.split(r"^## (.*)\n\n", head, flags=re.MULTILINE)
+    sections = dict(zip(parts[1::2], parts[2::2])) | {title: f"{text}\n\n"}
+    return parts[0] + "".join(f"## {name}\n\n{body}" for name, body in sections.items()) + mark + numbers
+
+
 def main(config: Config):
     out = Path(config.out).resolve()
     target = out / "results.md" if config.quick else RESULTS
-    if not config.check:
+    if config.versus:
+        page = tables.Page()
+        tables.versus(page, config.versus.split(","))
+        [(title, text)] = page.sections.items()
+        text = put_section(title, text, RESULTS.read_text(encoding="utf-8"))
+        with atomic(str(RESULTS)) as f:
+            f.write(text)
+    elif not config.check:
         stamps = runs.run_all(runs.all_steps(out, config.seeds, config.instructions, config.quick), out, config.jobs)
         page = collect(config, out, stamps)
         keep_earlier(page, target.read_text(encoding="utf-8") if target.exists() else "")

@@ -6,6 +6,7 @@ import re
 import runpy
 import textwrap
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -401,3 +402,42 @@ def speed(page: Page, paths: list[str]):
         head = ["", "nanopost", "of the floor", "peak MB", "TRL", "its peak MB", "ratio"]
         paragraphs += [", ".join(figures["conditions"].values()) + ":", table(head, *lines)]
     page.section("Speed", "Real tokens per second, medians (`make bench`).", *paragraphs)
+
+
+def versus(page: Page, paths: list[str]):
+    """The verdicts of `nanopost versus --json`, one row for each report."""
+    lines = []
+    for path in paths:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+        metric, interval = report["metric"], [signed(report[end]) for end in ("low", "high")]
+        sides = [[row[metric] for row in report["runs"][side]] for side in "ab"]
+        kls = [[row["kl"] for row in report["runs"][side] if "kl" in row] for side in "ab"]
+        lines.append([
+            *(f"`{report[side]}`" for side in "ab"),
+            " / ".join(fixed(fmean(values)) for values in sides),
+            signed(report["difference"]),
+            " to ".join(interval),
+            fixed(report["detectable"]),
+            {"a": "a is better", "b": "b is better", "none": "not to be told apart"}[report["verdict"]],
+            " / ".join(fixed(fmean(values)) for values in kls if values),
+            at_equal_kl(report["equal_kl"]),
+        ])  # fmt: skip
+    head = ["a", "b", "gold a / b", "b - a", "95% interval", "detectable", "verdict", "KL a / b", "at equal KL"]
+    seeds = len(json.loads(Path(paths[0]).read_text(encoding="utf-8"))["runs"]["a"])
+    legend = (
+        f"Both commands with {seeds} seeds, from the same SFT model, paired by seed (`nanopost versus`). detectable: "
+        "the true difference that this many seeds find in 80% of the cases."
+    )
+    page.section("Verdicts over seeds", legend, quotes.write_block("versus", table(head, *lines)))
+
+
+def signed(x: float) -> str:
+    return f"{x:+.2f}"
+
+
+def at_equal_kl(found: dict) -> str:
+    """b - a, where all runs have the same KL, with the verdict; or nothing, where they share none."""
+    if "kl" not in found:
+        return ""
+    verdict = {"a": ", a is better", "b": ", b is better", "none": ""}[found["verdict"]]
+    return f"{signed(found['difference'])} at {fixed(found['kl'], 1)} nats{verdict}"

@@ -15,7 +15,6 @@ import random
 from statistics import fmean
 
 from experiment import IN_PART, NOT_HERE, REPLICATES, conduct, dots, prompts_of, sample
-
 from gold import score
 from nanopost.paired import compare
 from prepare import answer, ask

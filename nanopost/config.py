@@ -115,7 +115,8 @@ def parse(config_class, argv=None, prog=None):
         if default not in ("", None, dataclasses.MISSING):
             help += f" (default: {default})"
         if typing.get_origin(kind) is list:  # a list of paths: a positional argument
-            parser.add_argument(field.name, nargs="+", help=help)
+            nargs = "+" if field.default_factory is dataclasses.MISSING else "*"
+            parser.add_argument(field.name, nargs=nargs, help=help)
         elif default is dataclasses.MISSING:  # what the command is about: a positional argument too
             parser.add_argument(field.name, type=convert, help=help)
         elif kind is bool:

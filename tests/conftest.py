@@ -26,7 +26,7 @@ FORKS = ["ipo", "grpo"]  # in forks/
 VARIANTS = ["simpo_loss", "orpo_loss", "kto_loss"]  # that readers of exercises/ write into a copy of train_dpo.py
 
 # as in pyproject.toml, for processes that pytest did not start
-for folder in (*(ROOT / name for name in ("tests/exercises", "tests/proofs", "data/notes", "forks")), ROOT):
+for folder in (*(ROOT / name for name in ("tests/exercises", "tests/proofs", "data/notes", "forks", "lab")), ROOT):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 

@@ -1,5 +1,7 @@
 """`make results`: what has run is kept until something changes, and its outcome becomes tables and named numbers."""
 
+import json
+
 import pytest
 
 from docs import quotes, results, runs, tables
@@ -153,6 +155,35 @@ def test_what_was_not_measured_stays_as_it_was(capsys):
 def test_a_report_that_is_not_there_is_refused_before_anything_runs():
     with pytest.raises(UserError, match="--bench: there is no file nowhere.json"):
         results.Config(bench="nowhere.json")
+    with pytest.raises(UserError, match="--versus: there is no file nowhere.json"):
+        results.Config(versus="nowhere.json")
+
+
+def versus_report(path, verdict, equal_kl, **more):
+    runs = {"a": [{"gold": 1.0, "kl": 2.0}, {"gold": 2.0, "kl": 3.0}], "b": [{"gold": 2.0}, {"gold": 4.0}]}
+    numbers = {"difference": 1.5, "low": -0.25, "high": 3.25, "detectable": 2.0}
+    report = {"a": "train_dpo.py", "b": "mine.py --beta 1", "metric": "gold", "runs": runs, "equal_kl": equal_kl}
+    path.write_text(json.dumps(report | numbers | {"verdict": verdict} | more))
+    return str(path)
+
+
+def test_verdicts_are_written_as_the_reports_have_them_and_nothing_else_changes(tmp_path, monkeypatch, capsys):
+    apart = versus_report(tmp_path / "1.json", "b", {"kl": 1.25, "difference": -0.5, "verdict": "none"})
+    alike = versus_report(tmp_path / "2.json", "none", {"reason": "no copies"})
+    before = "# Results\n\n## The pipeline\n\nOld.\n\n" + quotes.write_list("legend", {"ppo.gold": "1.00"})
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results.md")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    results.RESULTS.write_text(before)
+    (tmp_path / "README.md").write_text("# A\n\n<!--table:versus-->\n<!--end-->\n")
+    for _ in range(2):  # a second time it replaces the section
+        results.main(results.Config(versus=f"{apart},{alike}"))
+    text = results.RESULTS.read_text()
+    assert text.startswith(before.split("## Every")[0]) and text.endswith(before[before.index("## Every") :])
+    assert text.count("## Verdicts over seeds") == 1
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "mine.py" in line]
+    assert rows[0][2:] == ["1.50 / 3.00", "+1.50", "-0.25 to +3.25", "2.00", "b is better", "2.50", "-0.50 at 1.2 nats"]
+    assert rows[1][6] == "not to be told apart" and rows[1][8] == ""
+    assert "b is better" in (tmp_path / "README.md").read_text()
 
 
 def test_check_runs_nothing_and_names_the_line_that_differs(tmp_path, monkeypatch, capsys):
