@@ -218,7 +218,8 @@ def fill_book(name: str, text: str):
     if not block.search(book):
         raise UserError(f"{BOOK} has no <!--lab:{name}--> and <!--end of {name}-->")
     book = block.sub(lambda match: match[1] + text + match[2], book)
-    found = re.findall(r"^## (.*?)\n.*?^\*\*(.*?)\.\*\* ", book, re.DOTALL | re.MULTILINE)
+    verdicts = "|".join([REPLICATES, IN_PART, NOT_HERE])
+    found = re.findall(rf"^## (.*?)\n.*?^\*\*({verdicts})\.\*\* ", book, re.DOTALL | re.MULTILINE)
     slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title, _ in found]
     rows = [["experiment", "verdict"], *([f"[{title}](#{slug})", v] for (title, v), slug in zip(found, slugs))]
     summary = re.compile(r"(<!--lab:summary-->\n).*?(\n<!--end of summary-->)", re.DOTALL)

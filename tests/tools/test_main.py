@@ -77,7 +77,7 @@ def test_the_help_of_a_tool_is_its_docstring_and_a_comment_for_every_option(nano
     assert docstring(tool) in out
     module = importlib.import_module(f"nanopost.tools.{tool}")
     _, _, options = out.partition("positional arguments:\n")
-    described = re.findall(r"^  (?:-h, )?(?:--)?([\w-]+)(?:, --no-\S+)?(?: [A-Z]+)? +(\S.*)$", options, re.MULTILINE)
+    described = re.findall(r"^  (?:-h, )?(?:--)?([\w-]+)(?:, --no-\S+)?(?: [A-Z]+)?\s+(\S.*)$", options, re.MULTILINE)
     names = {name.replace("-", "_") for name, _ in described}
     assert names == {"help", *module.Config.__dataclass_fields__}
 
