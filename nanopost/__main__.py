@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanopost.config import cli, fail
 
-TOOLS = ("chat", "sample", "evaluate", "versus", "lab", "label", "plot", "export", "show")
+TOOLS = ("chat", "sample", "evaluate", "versus", "lab", "inspect", "label", "plot", "export", "show")
 
 
 def summary(tool: str) -> str:
