@@ -28,16 +28,19 @@ const QUANTITIES = {
 };
 
 const models = data.models;
-const short = name => name.split("/").slice(-1)[0] || name; // out/ppo -> ppo
-const names = Object.fromEntries(models.map(m => [m.name, models.filter(o => short(o.name) === short(m.name)).length > 1 ? m.name : short(m.name)]));
-const isReference = model => model.name === data.reference;
+const short = folder => folder.split(/[\\/]/).filter(Boolean).at(-1) ?? folder; // out/ppo -> ppo
+const unique = folder => models.filter(model => short(model.name) === short(folder)).length === 1;
+const names = Object.fromEntries(models.map(({ name }) => [name, unique(name) ? short(name) : name]));
+const isReference = model => model.name.replace(/\/+$/, "") === data.reference.replace(/\/+$/, "");
 const sum = numbers => numbers.reduce((a, b) => a + b, 0);
 const mean = numbers => sum(numbers) / numbers.length;
-const signed = (x, digits = 2) => {
-  if (x === undefined || x === null) return "";
-  const text = Math.abs(x).toFixed(digits);
-  return Number(text) === 0 ? text : (x < 0 ? "−" : "+") + text;
-};
+
+/* A number with its sign; of a quantity that has none, without. */
+function signed(x, digits = 2, quantity = "") {
+  const text = Math.abs(x).toFixed(quantity === "mask" ? 0 : digits);
+  return UNSIGNED.has(quantity) || Number(text) === 0 ? text : (x < 0 ? "−" : "+") + text;
+}
+const UNSIGNED = new Set(["mask", "kl", "loss"]);
 
 /* The numbers of an answer by the name of the quantity. */
 function columnsOf(answer, beta) {
@@ -50,7 +53,7 @@ for (const model of models) for (const answer of model.answers)
   for (const [name, column] of Object.entries(columnsOf(answer, model.beta)))
     shown.set(name, Math.max(shown.get(name) ?? 1e-6, ...column.map(Math.abs)));
 
-const state = { prompt: 0, quantity: Object.keys(QUANTITIES).find(name => shown.has(name)), run: 0, step: 0, chosen: null };
+const state = { prompt: 0, quantity: Object.keys(QUANTITIES).find(name => shown.has(name)), run: 0, step: 0, picked: null };
 
 // ------------------------------------------------------------------------------------------------- drawing
 
@@ -73,19 +76,20 @@ const textOf = ids => new TextDecoder().decode(bytesOf(ids.map(id => id < data.t
 
 /* A row of tokens. numbers: one for each, or null where the token has none; most: the number of the deepest colour;
    detail(i): what to show of token i. Left and right go from token to token, up and down from row to row. */
-function strip(ids, numbers, most, name, detail) {
+function strip(ids, numbers, most, quantity, detail) {
   const tokens = ids.map((id, i) => {
     const x = numbers[i], off = x === null;
     const token = el("button", { type: "button", className: "token", tabIndex: i === 0 ? 0 : -1 },
-      el("span", { className: "text" }, visible(id)), el("span", { className: "number" }, off ? "" : signed(x)));
+      el("span", { className: "text" }, visible(id)), el("span", { className: "number" }, off ? "" : signed(x, 2, quantity)));
     token.classList.toggle("special", id >= data.tokens.length);
     token.classList.toggle("off", off);
-    token.setAttribute("aria-label", `${visible(id)}${off ? "" : `, ${name} ${signed(x, 4)}`}`);
+    token.classList.toggle("nil", !off && Math.abs(x) < 0.005);
+    token.setAttribute("aria-label", `${visible(id)}${off ? "" : `, ${title(quantity)} ${signed(x, 4, quantity)}`}`);
     if (!off) { // the square root: small numbers can be seen beside large ones
-      token.style.setProperty("--side", x < 0 ? "var(--minus)" : "var(--plus)");
+      token.style.setProperty("--side", x < 0 || quantity === "loss" ? "var(--minus)" : "var(--plus)");
       token.style.setProperty("--strength", `${100 * Math.sqrt(Math.min(1, Math.abs(x) / most))}%`);
     }
-    const show = () => choose_(token, detail, i);
+    const show = () => pick(token, detail, i);
     for (const event of ["mouseenter", "focus", "click"]) token.addEventListener(event, show);
     return token;
   });
@@ -105,31 +109,30 @@ function strip(ids, numbers, most, name, detail) {
 }
 
 /* Shows the detail of a token, and marks it. */
-function choose_(token, detail, i) {
-  state.chosen?.classList.remove("chosen");
-  state.chosen = token;
-  token.classList.add("chosen");
-  const close = el("button", { type: "button", id: "close" }, "Close");
-  close.addEventListener("click", () => $("#detail").replaceChildren());
-  $("#detail").replaceChildren(close, ...detail(i));
+function pick(token, detail, i) {
+  state.picked?.classList.remove("picked");
+  state.picked = token;
+  token?.classList.add("picked");
+  $("#detail .token-detail").replaceChildren(...(token ? detail(i) : []));
+  $("#detail").hidden = !token && !$(".lesson").textContent;
 }
+const title = quantity => QUANTITIES[quantity]?.[0] ?? quantity;
 
 const table = (head, rows, current = -1) => el("table", {},
   head && el("tr", {}, head.map(text => el("th", { className: "up", scope: "col" }, text))),
   rows.map(([title, ...cells], i) => el("tr", { className: i === current ? "current" : "" },
     el("th", { scope: "row" }, title), cells.map(cell => cell instanceof Node ? cell : el("td", {}, cell)))));
 
-const heading = (id, where) => [el("div", { className: "big" }, `“${visible(id)}”`), el("p", {}, where)];
+const opening = (id, where) => [el("div", { className: "big" }, `“${visible(id)}”`), el("p", {}, where)];
 
 /* What there is to know about token i of an answer. */
 function answerDetail(model, answer, columns) {
   return i => {
     const known = Object.keys(QUANTITIES).filter(name => columns[name]);
-    const parts = [...heading(answer.ids[i], `token ${i + 1} of ${answer.ids.length} by ${names[model.name] ?? model.name}, id ${answer.ids[i]}`),
-      table(null, known.map(name => [QUANTITIES[name][0], signed(columns[name][i], 4)]), known.indexOf(state.quantity))];
+    const parts = [...opening(answer.ids[i], `token ${i + 1} of ${answer.ids.length} by ${names[model.name]}, id ${answer.ids[i]}`),
+      table(null, known.map(name => [title(name), signed(columns[name][i], 4, name)]), known.indexOf(state.quantity))];
     if (columns.reward) parts.push(el("p", {}, sumOfReward(model, answer, columns, i)));
-    const likely = answer.alternatives ? answer.alternatives(i) : answer.likely && { ids: answer.likely[i], under: Object.fromEntries(Object.entries(answer.under).map(([name, p]) => [name, p[i]])) };
-    if (likely) parts.push(el("h3", {}, "What could have come here"), alternatives(likely), el("p", {}, "The first line is the token that came; below it the five likeliest of its model, with their probability under each model."));
+    if (answer.likely) parts.push(...alternatives(answer.ids[i], answer.likely(i)));
     return parts;
   };
 }
@@ -141,31 +144,42 @@ function sumOfReward(model, answer, columns, i) {
   return `reward = −β k + score = ${cost} + ${signed(answer.score, 4)} = ${signed(columns.reward[i], 4)}. ${why}`;
 }
 
-function alternatives({ ids, under }) {
+/* ids: the token that came, then the likeliest; under: {model: their probabilities}. */
+function alternatives(came, { ids, under }) {
   const cell = p => {
-    const cell = el("td", { className: "p" }, p.toFixed(4));
+    const cell = el("td", { className: "p" }, p.toFixed(4).replace(/^0/, ""));
     cell.style.setProperty("--share", `${100 * p}%`);
     return cell;
   };
-  const rows = ids.map((id, k) => el("tr", { className: k === 0 ? "current" : "" },
-    el("td", { className: "token-text" }, visible(id)), Object.values(under).map(p => cell(p[k]))));
-  return el("table", { className: "likely" }, el("tr", {}, ["", ...Object.keys(under)].map(name => el("th", { className: "up" }, names[name] ?? name))), rows);
+  const row = (id, k) => el("tr", { className: id === came ? "current" : "" },
+    el("th", { scope: "row" }, visible(id)), Object.values(under).map(p => cell(p[k])));
+  const head = el("tr", {}, el("td"), Object.keys(under).map(name => el("th", { className: "up", scope: "col" }, names[name])));
+  const rows = ids.map(row), among = ids.indexOf(came, 1) > 0;
+  return [el("h3", {}, "What could have come here"), el("table", { className: "likely" }, head, among ? rows.slice(1) : [...rows.slice(1), rows[0]]),
+    el("p", {}, `The five likeliest tokens, with their probability under each model. ${among ? "Bold is the one that came." : "The last line is the one that came."}`)];
+}
+
+/* The alternatives that Python has computed. */
+for (const model of models) for (const answer of model.answers) {
+  const { likely, under } = answer;
+  answer.likely = i => ({ ids: likely[i], under: Object.fromEntries(Object.entries(under).map(([name, p]) => [name, p[i]])) });
 }
 
 /* An answer with its numbers: what is known of the whole, the tokens, and the parts of the gold reward. */
-function card(model, answer, title) {
+function card(model, answer, name) {
   const columns = columnsOf(answer, model.beta), quantity = columns[state.quantity] ? state.quantity : "logprob";
   const stats = el("span", { className: "stats" });
   const say = (label, value) => stats.append(stats.childNodes.length ? " · " : "", `${label} `, el("b", {}, value));
   if (answer.score !== undefined) say("score", signed(answer.score));
   if (answer.gold !== undefined) say("gold", signed(answer.gold));
-  if (columns.ratio) say("KL", `${signed(sum(columns.ratio))} nats`);
-  if (columns.reward) say("β KL costs", `${signed(sum(columns.penalty))}`);
-  say("tokens", `${answer.ids.length}${answer.ended ? "" : ", does not end"}`);
-  const row = strip(answer.ids, columns[quantity], shown.get(quantity) ?? 1, QUANTITIES[quantity][0], answerDetail(model, answer, columns));
-  row.setAttribute("aria-label", `Answer of ${title}: ${textOf(answer.ids)}`);
+  if (columns.ratio) say("sum of log-ratios", signed(sum(columns.ratio)));
+  if (columns.reward) say("all rewards", signed(sum(columns.reward)));
+  say("tokens", answer.ids.length);
+  if (!answer.ended) say("does not end", "");
+  const row = strip(answer.ids, columns[quantity], shown.get(quantity) ?? 1, quantity, answerDetail(model, answer, columns));
+  row.setAttribute("aria-label", `Answer of ${name}: ${textOf(answer.ids)}`);
   const gold = Object.entries(answer.parts ?? {}).map(([part, points]) => `${part} ${signed(points, 1)}`).join(", ");
-  return el("div", { className: "card" }, el("header", {}, el("h3", {}, title), stats), row,
+  return el("div", { className: "card" }, el("header", {}, el("h3", {}, name), stats), row,
     gold && el("p", { className: "parts" }, `gold: ${gold}`));
 }
 
@@ -178,7 +192,7 @@ function titleOf(model) {
 
 function promptStrip(ids) {
   const number = state.quantity === "mask" ? 0 : null;
-  return strip(ids, ids.map(() => number), 1, "mask", i => [...heading(ids[i], "a token of the prompt"),
+  return strip(ids, ids.map(() => number), 1, "mask", i => [...opening(ids[i], "a token of the prompt"),
     el("p", {}, "The prompt is given. No loss looks at it (its mask is 0), and it gets no reward.")]);
 }
 
@@ -189,17 +203,18 @@ function drawAnswers() {
 }
 
 const runs = models.filter(model => model.course.length);
+for (const run of runs) run.course.push({ step: "end", answers: run.answers });
 
 function drawCourse() {
   const model = runs[state.run];
   if (!model) return;
   const { step, answers } = model.course[state.step];
-  const title = state.step === 0 && step === 0 ? "step 0: the SFT model" : step === "end" ? "the end" : `step ${step}`;
+  const where = step === 0 ? "step 0: the reference" : step === "end" ? "the end" : `step ${step}`;
   $("#step").max = model.course.length - 1;
   $("#step").value = state.step;
-  $("#step").setAttribute("aria-valuetext", title);
+  $("#step").setAttribute("aria-valuetext", where);
   $(".slider output").textContent = step === "end" ? "the end" : `step ${step}`;
-  $("#course .cards").replaceChildren(promptStrip(data.prompts[state.prompt]), card(model, answers[state.prompt], `${names[model.name]}, ${title}`));
+  $("#course .cards").replaceChildren(promptStrip(data.prompts[state.prompt]), card(model, answers[state.prompt], `${names[model.name]}, ${where}`));
   const measures = { score: a => a.score, gold: a => a.gold, "KL, nats": a => a.columns.ratio && sum(a.columns.ratio) };
   $("#course .charts").replaceChildren(...Object.entries(measures).filter(([, of]) => of(answers[0]) !== undefined).map(([name, of]) => chart(name, of)));
 }
@@ -231,20 +246,18 @@ function chart(name, measure) {
 }
 
 function drawDemonstration() {
-  const record = data.demonstrations[$("#record").value], kind = $("#sft-number").value;
+  const record = data.demonstrations[$("#record").value], quantity = $("#sft-number").value, model = models[$("#sft-model").value];
   const targets = record.ids.map((_, i) => i).filter(i => record.mask[i]);
-  const cards = models.map(model => {
-    const nll = [null, ...record.nll[model.name]]; // of token i, predicted from those before it
-    const numbers = record.ids.map((_, i) => kind === "mask" ? Number(record.mask[i]) : record.mask[i] ? nll[i] : null);
-    const loss = mean(targets.map(i => nll[i]));
-    const row = strip(record.ids, numbers, kind === "mask" ? 1 : 5, kind, i => [
-      ...heading(record.ids[i], `token ${i + 1} of ${record.ids.length}`),
-      el("p", {}, record.mask[i] ? "A target: its −log p is a part of the loss." : "Not a target: read, but not trained to be written."),
-      table(null, [["mask", String(Number(record.mask[i]))], ...(i ? models.map(m => [`−log p, ${names[m.name]}`, record.nll[m.name][i - 1].toFixed(4)]) : [])])]);
-    return el("div", { className: "card" }, el("header", {}, el("h3", {}, names[model.name]), el("span", { className: "stats" },
-      `loss = sum of the ${targets.length} targets / ${targets.length} = `, el("b", {}, loss.toFixed(4)), " nats per token")), row);
-  });
-  $("#sft .cards").replaceChildren(...(kind === "mask" ? cards.slice(0, 1) : cards));
+  const nll = (of, i) => record.nll[of.name][i - 1]; // of token i, predicted from those before it
+  const losses = models.map(of => mean(targets.map(i => nll(of, i))));
+  const numbers = record.ids.map((_, i) => quantity === "mask" ? Number(record.mask[i]) : record.mask[i] ? nll(model, i) : null);
+  const row = strip(record.ids, numbers, quantity === "mask" ? 1 : 5, quantity, i => [
+    ...opening(record.ids[i], `token ${i + 1} of ${record.ids.length}, mask ${Number(record.mask[i])}`),
+    el("p", {}, record.mask[i] ? "A target: its −log π is a part of the loss, and pushes up its probability." : "Not a target: read, but not trained to be written."),
+    table(null, i ? models.map(of => [`−log π, ${names[of.name]}`, nll(of, i).toFixed(4)]) : [])]);
+  $("#sft .cards").replaceChildren(el("div", { className: "card" }, el("header", {}, el("h3", {}, names[model.name]),
+    el("span", { className: "stats" }, `loss = sum over the ${targets.length} targets / ${targets.length} = `, el("b", {}, losses[models.indexOf(model)].toFixed(4)), " nats per token")), row),
+  el("p", { className: "losses" }, "Loss of this record: ", models.map((of, k) => `${names[of.name]} ${losses[k].toFixed(4)}`).join(", "), "."));
 }
 
 function drawPair() {
@@ -254,7 +267,7 @@ function drawPair() {
   const most = Math.max(1, ...ratios.flat().map(Math.abs));
   const cards = sides.map((side, s) => el("div", { className: "card" },
     el("header", {}, el("h3", {}, side), el("span", { className: "stats" }, "implicit reward β (log π − log π_ref) = ", el("b", {}, signed(own.rewards[s], 4)))),
-    strip(pair.sides[s], ratios[s], most, "log-ratio", i => [...heading(pair.sides[s][i], `token ${i + 1} of the ${side} answer`), table(null, [
+    strip(pair.sides[s], ratios[s], most, "ratio", i => [...opening(pair.sides[s][i], `token ${i + 1} of the ${side} answer`), table(null, [
       [`log π, ${names[name]}`, signed(own.tokens[s][i], 4)], ["log π_ref", signed(reference.tokens[s][i], 4)],
       ["log-ratio", signed(ratios[s][i], 4)], ["its share of the implicit reward", signed(beta * ratios[s][i], 4)]])])));
   $("#dpo .cards").replaceChildren(promptStrip(pair.prompt), ...cards);
@@ -286,7 +299,7 @@ function answer(model, prompt, temperature, noise) {
     found.columns.kl = steps.map(({ logprobs }, i) => sum(logprobs.map((x, id) => Math.exp(x) * (x - theirs[i][id]))));
   }
   let all; // the distributions of the others are computed when somebody wants to see them
-  found.alternatives = i => {
+  found.likely = i => {
     all ??= embedded.map(other => [other.name, other === model ? steps.map(step => step.logprobs) : network(other).distributions([...prompt, ...ids], prompt.length)]);
     const likeliest = Array.from(steps[i].logprobs.keys()).sort((a, b) => steps[i].logprobs[b] - steps[i].logprobs[a]).slice(0, 5);
     const shown = [ids[i], ...likeliest];
@@ -331,22 +344,21 @@ function radios(container, group, options, current, change) {
 }
 
 function drawQuantity() {
-  const [title, formula, meaning] = QUANTITIES[state.quantity], most = shown.get(state.quantity);
-  radios($(".quantities"), "quantity", Object.entries(QUANTITIES).filter(([name]) => shown.has(name)).map(([name, [text]]) => [name, text]), state.quantity, setQuantity);
+  const [name, formula, meaning] = QUANTITIES[state.quantity], most = shown.get(state.quantity), digits = state.quantity;
+  radios($(".quantities"), "quantity", Object.entries(QUANTITIES).filter(([name]) => shown.has(name)).map(([name, [text]]) => [name, text]), state.quantity, choose => { setQuantity(choose); $(`.quantities input[value=${choose}]`).focus(); });
   const scale = el("i");
   const side = state.quantity === "logprob" ? "var(--minus), var(--card)" : ["mask", "kl"].includes(state.quantity) ? "var(--card), var(--plus)" : "var(--minus), var(--card), var(--plus)";
   scale.style.background = `linear-gradient(to right, ${side})`;
   const ends = state.quantity === "logprob" ? [-most, 0] : ["mask", "kl"].includes(state.quantity) ? [0, most] : [-most, most];
-  $(".legend").replaceChildren(signed(ends[0]), scale, signed(ends[1]), el("span", {}, "square root scale, the same for all answers"));
+  $(".legend").replaceChildren(signed(ends[0], 2, digits), scale, signed(ends[1], 2, digits), el("span", {}, "square root scale, the same for all answers"));
   let text = meaning;
   if (["value", "advantage", "return"].includes(state.quantity)) text += ` Here V was fitted after training: it explains ${models.map(m => `${(100 * m.explained).toFixed(0)}% (${names[m.name]})`).join(", ")} of the variance of the returns of new answers.`;
-  $(".meaning").replaceChildren(el("b", {}, title), `, ${formula}. ${text}`);
+  $(".meaning").replaceChildren(el("b", {}, name), `, ${formula}. ${text}`);
 }
 
 function setQuantity(name) {
   state.quantity = name;
   draw();
-  $(`.quantities input[value=${name}]`).focus({ preventScroll: true });
 }
 
 function draw() {
@@ -373,47 +385,47 @@ function play() {
 function setRun(run) {
   state.run = run;
   state.step = 0;
-  radios($(".runs"), "run", runs.map((m, i) => [i, titleOf(m)]), run, setRun);
+  radios($(".runs"), "run", runs.map((m, i) => [i, titleOf(m)]), run, choose => { setRun(choose); $(`.runs input[value="${choose}"]`).focus(); });
   drawCourse();
-  $(`.runs input[value="${run}"]`).focus({ preventScroll: true });
 }
 
-/* Goes to token i of a model's answer to the present prompt. */
+/* Picks token i of a model's answer to the present prompt. */
 function point(model, i) {
-  const row = $("#answers .cards").children[models.indexOf(model)].querySelector(".strip");
-  row.children[i].click();
-  row.children[i].scrollIntoView({ block: "center" });
+  const token = $("#answers .cards").children[models.indexOf(model)].querySelectorAll(".token")[i];
+  token.click();
+  return token;
 }
 
-/* Three things to see, each a click away, as far as the models are there. */
+/* Three things to see, each a click away, as far as the models are there: [title, what to do, what to say]. */
 function lessons() {
   const tuned = models.find(m => m.method === "ppo" && m.beta > 0) ?? models.findLast(m => !isReference(m)), found = [];
   const free = runs.findIndex(m => m.method === "ppo" && m.beta === 0);
   if (tuned && shown.has("reward")) {
-    found.push(["Why the end token gets the score", () => {
-      setQuantity("reward");
-      point(tuned, tuned.answers[state.prompt].ids.length - 1);
-      return `The answer of ${names[tuned.name]}: all tokens but the last get only a small KL penalty, and the last one gets the whole score. The reward model reads finished answers; an unfinished one has nothing to be judged. GAE then carries this one number back to the tokens that earned it: look at advantage and return.`;
-    }]);
-    found.push(["What β costs each token", () => {
-      setQuantity("penalty");
-      const { ratio } = tuned.answers[state.prompt].columns;
-      point(tuned, ratio.indexOf(Math.max(...ratio)));
-      return `The token that costs most: ${names[tuned.name]} likes it ${Math.exp(Math.max(...ratio)).toFixed(1)} times as much as the reference does, so it pays ${tuned.beta} × ${Math.max(...ratio).toFixed(2)} nats. Most tokens cost almost nothing: the model changes a few choices and leaves the rest as they were.`;
-    }]);
+    const answer = () => tuned.answers[state.prompt], most = () => Math.max(...answer().columns.ratio);
+    found.push(["Why the end token gets the score",
+      () => { setQuantity("reward"); return point(tuned, answer().ids.length - 1); },
+      () => `Look at the answer of ${names[tuned.name]}: every token but the last gets only its small KL penalty, and the last one gets the whole score. For the reward model reads finished answers: before the end there is nothing to judge. GAE then hands this one number back to the tokens that earned it: choose return, then advantage.`]);
+    found.push(["What β costs each token",
+      () => { setQuantity("penalty"); return point(tuned, answer().columns.ratio.indexOf(most())); },
+      () => `This token costs most: ${names[tuned.name]} finds it ${Math.exp(most()).toFixed(1)} times as likely as the reference does, and pays β × log of that = ${tuned.beta} × ${most().toFixed(2)} nats. Most tokens cost nothing: a few choices have changed, and the rest follows as before.`]);
   }
-  if (free >= 0) found.push(["How it goes wrong without a penalty", () => {
-    setQuantity(shown.has("ratio") ? "ratio" : "logprob");
-    setRun(free);
-    $("#course").scrollIntoView();
-    play();
-    return `${names[runs[free].name]} was trained with β = 0. Watch the score rise while the gold reward falls: the reward model never saw such texts, and what it says of them means nothing. The log-ratio tells it at once: no token is one that the reference would have written.`;
-  }]);
-  $("#lessons .buttons").replaceChildren(...found.map(([title, show], i) => {
-    const button = el("button", { type: "button" }, `${i + 1}  ${title}`);
-    button.addEventListener("click", () => { $(".lesson").textContent = show(); });
+  if (free >= 0) found.push(["How it goes wrong without a penalty",
+    () => { setQuantity(shown.has("ratio") ? "ratio" : "logprob"); setRun(free); pick(null); play(); return $("#course"); },
+    () => `${names[runs[free].name]} was trained with β = 0. Watch the score rise while the gold reward falls: the reward model has never seen such texts, so what it says of them means nothing. The log-ratios tell at once: hardly a token is one that the reference would have written.`]);
+  $("#lessons .buttons").replaceChildren(...found.map(([text, show, say], i) => {
+    const button = el("button", { type: "button" }, `${i + 1}. ${text}`);
+    button.addEventListener("click", () => {
+      const place = show();
+      $(".lesson").textContent = say();
+      $("#detail").hidden = false;
+      place.scrollIntoView({ block: place.tagName === "SECTION" ? "start" : "center" });
+    });
     return button;
   }));
+  if (found.length) {
+    found[0][1]();
+    $(".lesson").textContent = found[0][2]();
+  }
 }
 
 function hide(section, sentence) {
@@ -425,13 +437,15 @@ fill($("#prompt"), data.prompts.map(ids => textOf(ids.slice(1, -1))));
 $("#prompt").addEventListener("change", event => { state.prompt = Number(event.target.value); draw(); });
 if (runs.length) {
   const first = runs.findLastIndex(m => m.method === "ppo" && m.beta > 0);
-  radios($(".runs"), "run", runs.map((m, i) => [i, titleOf(m)]), state.run = Math.max(0, first), setRun);
+  setRun(Math.max(0, first));
   $("#step").addEventListener("input", event => { clearInterval(timer); state.step = Number(event.target.value); drawCourse(); });
   $("#play").addEventListener("click", play);
 } else hide("#course", "None of these runs has kept copies: train with --keep-every 5.");
 if (data.demonstrations.length) {
-  fill($("#record"), data.demonstrations.map(({ ids }) => textOf(ids)));
-  for (const id of ["#record", "#sft-number"]) $(id).addEventListener("change", drawDemonstration);
+  fill($("#record"), data.demonstrations.map(({ ids, mask }) => textOf(ids.slice(1, mask.indexOf(true) - 1))));
+  fill($("#sft-model"), models.map(m => names[m.name]));
+  $("#sft-model").value = Math.max(0, models.findIndex(m => m.method === "sft" && isReference(m)));
+  for (const id of ["#record", "#sft-number", "#sft-model"]) $(id).addEventListener("change", drawDemonstration);
   drawDemonstration();
 } else hide("#sft", "There are no demonstrations: give --demonstrations.");
 if (data.pairs.length) {
@@ -449,6 +463,6 @@ if (embedded.length) {
   const left = models.filter(m => !m.bits).map(m => names[m.name]);
   if (left.length) $("#talk > p").append(` Too large for this page: ${left.join(", ")}.`);
 } else hide("#talk", "These models are too large for a page: nanopost chat talks to them.");
+$("#close").addEventListener("click", () => { $(".lesson").textContent = ""; pick(null); });
 draw();
 lessons();
-$("#lessons button")?.click();

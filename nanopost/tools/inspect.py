@@ -3,18 +3,16 @@
     nanopost inspect out/sft out/dpo out/ppo --reference out/sft --reward out/rm --gold data/notes/gold.py:score
     nanopost inspect out/ppo --reference out/sft --reward out/rm --prompt "Thank Ben for the lamp."
 
-The page has a number for each token (log-probability, log-ratio, KL penalty, reward, value, advantage, return), the
-answers of kept copies (--keep-every) in the course of training, what the loss of SFT is on, what DPO makes of a pair,
-and the models themselves, to type a prompt to. All of it is computed by the functions that training uses.
+The page has a number for each token, from its log-probability to its advantage, the answers of kept copies
+(--keep-every) in the course of training, what the loss of SFT is on, what DPO makes of a pair, and the models
+themselves, to type a prompt to. All of it is computed by the functions that training uses.
 
-PPO keeps no value head. So each model gets one that is fitted by least squares to the returns of answers that it
-samples: what PPO's value loss would find if only the head could move. The page says how well it predicts.
+PPO keeps no value head. So each model gets one, fitted by least squares to the returns of answers that it samples.
 """
 
 import base64
 import importlib
 import json
-import math
 import os
 import re
 import sys
@@ -29,15 +27,13 @@ from nanopost.config import UserError, at_least, clean
 from nanopost.data import collate, load_examples, load_pairs, load_prompts
 from nanopost.records import read_json
 from nanopost.reward import call_reward, load_function, load_reward
-from nanopost.tokenizer import CHAT_TOKENS
 from nanopost.tools import check_file
 
 ROOT = Path(__file__).resolve().parents[2]  # where the training scripts are
 PAGE = ROOT / "nanopost" / "page"  # the parts of the page
 ROOM = 7_400_000  # bytes of models in the page: those that do not fit cannot be talked to
 LIKELIEST = 5  # alternatives at each token
-RECORDS = 4  # demonstrations, and pairs
-DRAWS = 10  # rows of random numbers, to talk to the models with; the answers on the page come from the first
+RECORDS = 4  # demonstrations, and pairs, at most
 
 
 @dataclass
@@ -52,7 +48,7 @@ class Config:
     demonstrations: str = "data/notes/sft_valid.jsonl"  # records to show SFT's mask on; empty: none
     pairs: str = "out/prefs/valid.jsonl"  # pairs to show DPO's loss on; empty: none
     beta: float = 0.1  # weight of the KL penalty for models that PPO has not made; a run of PPO has its own
-    fit: int = 128  # answers per model that its values are fitted to; 0: no values, advantages and returns
+    fit: int = 192  # answers per model that its values are fitted to; 0: no values, advantages and returns
     max_new_tokens: int = 80  # the longest answer, in tokens
     out: str = "out/inspect.html"  # file to write
     seed: int = 0  # seed for sampling
@@ -74,9 +70,7 @@ class Inspection:
 
     def __init__(self, config: Config):
         if not (ROOT / "train_ppo.py").is_file():
-            raise UserError(
-                f'no training scripts in {ROOT}, whose functions inspect uses; pip install -e "." in a clone'
-            )
+            raise UserError(f'no training scripts in {ROOT}, but inspect runs them; pip install -e "." in a clone')
         sys.path.append(str(ROOT))
         self.config = config
         self.ppo, self.dpo = map(importlib.import_module, ("train_ppo", "train_dpo"))
@@ -96,7 +90,7 @@ class Inspection:
         self.judge = load_reward(config.reward, *judge) if config.reward else lambda asked, _: torch.zeros(len(asked))
         self.gold = load_function(config.gold) if config.gold else None
         self.generator = torch.Generator().manual_seed(config.seed)
-        self.noise = torch.rand(DRAWS, config.max_new_tokens, generator=self.generator)
+        self.noise = torch.rand(10, config.max_new_tokens, generator=self.generator)  # the first row for the answers
 
     def load(self, folder: str):
         """The model of a folder, with a value head that says 0."""
@@ -121,17 +115,15 @@ class Inspection:
 
     def fit_values(self, model, settings) -> float:
         """Fits the value head; returns the share explained of the variance of a quarter of the answers, kept back."""
-        rows = max(4, math.ceil(self.config.fit / len(self.ids))) * len(self.ids)
+        rows = max(4, self.config.fit // len(self.ids)) * len(self.ids)
         batch, rewards = self.play(model, settings, torch.rand(rows, settings.max_new_tokens, generator=self.generator))
         _, returns = self.ppo.gae(rewards, torch.zeros_like(rewards), batch.mask, settings.gamma, lam=1.0)
-        hidden = model(batch.ids)[:, :-1].double()  # (R, T-1, C)
-        inputs = torch.cat([hidden, torch.ones_like(hidden[..., :1])], dim=-1)  # (R, T-1, C+1): the last is the bias
+        hidden = model(batch.ids)[:, :-1].double()  # (R, T-1, C); ln_f makes a bias superfluous
         fitted = torch.arange(rows)[:, None] < rows * 3 // 4  # (R, 1)
-        X, y = (x[batch.mask & fitted] for x in (inputs, returns.double()))  # (N, C+1), (N,)
+        X, y = (x[batch.mask & fitted] for x in (hidden, returns.double()))  # (N, C), (N,)
         weights = torch.linalg.solve(X.T @ X + torch.eye(X.shape[1]), X.T @ y)  # ridge regression
-        model.head.weight.copy_(weights[None, :-1])
-        model.head.bias.copy_(weights[-1:])
-        X, y = (x[batch.mask & ~fitted] for x in (inputs, returns.double()))
+        model.head.weight.copy_(weights[None])
+        X, y = (x[batch.mask & ~fitted] for x in (hidden, returns.double()))
         return float(1 - (y - X @ weights).var(correction=0) / y.var(correction=0).clamp(min=1e-9))
 
     def grade(self, texts: list[str]) -> list[dict]:
@@ -175,12 +167,12 @@ class Inspection:
         return answers
 
     def course(self, folder: str, settings) -> list[dict]:
-        """The answers in the course of training: of the reference, which it starts at, the kept copies, and the end."""
-        copies = [path.parent for path in Path(folder).glob("step-*/config.json")]
-        copies = {int(path.name[5:]): str(path) for path in copies if path.name[5:].isdecimal()}
-        start = {0: self.config.reference} if self.config.reference else {}
-        stages = start | dict(sorted(copies.items())) | {"end": folder} if copies else {}
-        return [{"step": step, "answers": self.answers(self.load(path), settings)} for step, path in stages.items()]
+        """The answers of a run's kept copies, and before them those of the reference that it started from."""
+        copies = {path.parent.name[5:]: path.parent for path in Path(folder).glob("step-*/config.json")}
+        steps = sorted(int(step) for step in copies if step.isdecimal())
+        models = {0: self.reference} if self.reference and steps else {}
+        models |= {step: self.load(str(copies[str(step)])) for step in steps}
+        return [{"step": step, "answers": self.answers(model, settings)} for step, model in models.items()]
 
     def demonstrations(self, path: str) -> list[dict]:
         """SFT's records: the mask, and -log p of each token under every model."""
@@ -191,9 +183,10 @@ class Inspection:
             shown.append({"ids": example.ids, "mask": example.mask, "nll": nll})
         return shown
 
-    def pairs(self, path: str, beta: float) -> list[dict]:
+    def pairs(self, path: str) -> list[dict]:
         """DPO's pairs: log-probabilities token by token, and what train_dpo.py's loss makes of their sums."""
-        shown = []
+        betas = [arguments["beta"] for method, arguments in map(read_run, self.models) if method == "dpo"]
+        shown, beta = [], [*betas, self.dpo.Config.beta][0]
         for pair in load_pairs(path, self.tokenizer, self.context, RECORDS):
             batch, under = collate([pair]), {}
             reference = self.dpo.pair_logprobs(self.reference, batch)
@@ -208,12 +201,12 @@ class Inspection:
         return shown
 
 
-def pack(model, rows: int) -> dict:
+def pack(model) -> dict:
     """The weights in base64, with names and shapes. In a matrix a number takes 16 bits, an integer times the scale of
-    its row: more exact than half precision. `rows`: of the embedding, those of real tokens."""
+    its row: more exact than half precision."""
     parts, shapes = [], []
     for name, x in model.state_dict().items():
-        x = x[:rows] if name == "wte.weight" else x
+        x = x[: model.config.vocab_size] if name == "wte.weight" else x  # the rows of real tokens
         scale = x.abs().amax(1) / 32767 + 1e-30 if x.dim() == 2 else x
         parts += [scale, (x / scale[:, None]).round().short()] if x.dim() == 2 else [x]
         shapes.append([name, *x.shape])
@@ -229,41 +222,29 @@ def plain(x: torch.Tensor):
 @torch.no_grad()
 def main(config: Config):
     check_file("--out", config.out)
-    started, world, room, betas = time.time(), Inspection(config), ROOM, []
+    started, world, room = time.time(), Inspection(config), ROOM
     ranks = world.tokenizer.ranks
-    data = {name: getattr(config, name) for name in ("reference", "reward", "gold")}
-    data |= {
+    data = {
         "tokens": [token.decode("latin-1") for token in sorted(ranks, key=ranks.get)],
-        "special": ["<|endoftext|>", *CHAT_TOKENS],
-    }
-    data |= {"context": world.context, "noise": world.noise.tolist(), "prompts": world.ids, "models": []}
+        "special": [world.tokenizer.decode([i]) for i in range(len(ranks), world.tokenizer.vocab_size)],
+        "reference": config.reference, "context": world.context, "noise": world.noise.tolist(),
+        "prompts": world.ids, "models": [], "demonstrations": world.demonstrations(config.demonstrations),
+        "pairs": world.pairs(config.pairs) if config.reference else [],
+    }  # fmt: skip
     for folder, model in world.models.items():
-        settings, (method, own) = world.settings(folder), read_run(folder)
-        betas += [own["beta"]] if method == "dpo" else []
-        found = {
-            "name": folder,
-            "method": method,
-            **{name: getattr(settings, name) for name in ("beta", "gamma", "lam")},
-        }
-        values = bool(config.reference and config.reward and config.fit)
-        found |= {"explained": world.fit_values(model, settings)} if values else {}
-        found["answers"] = world.compare(folder, world.answers(model, settings, values))
+        settings, (method, _) = world.settings(folder), read_run(folder)
+        explained = world.fit_values(model, settings) if config.fit and config.reward and config.reference else None
+        found = {"name": folder, "method": method, "beta": settings.beta, "explained": explained}
+        found["answers"] = world.compare(folder, world.answers(model, settings, explained is not None))
         found["course"] = world.course(folder, settings)
-        size = sum(p.numel() for p in model.parameters()) * 8 // 3  # two bytes, in base64
-        if size <= room:
-            room -= size
-            found |= pack(model, len(ranks) + len(data["special"]))
-        data["models"].append(found)
-    data["demonstrations"] = world.demonstrations(config.demonstrations)
-    data["pairs"] = world.pairs(config.pairs, (betas or [config.beta])[0]) if config.reference else []
-
+        room -= sum(p.numel() for p in model.parameters()) * 8 // 3  # two bytes a number, in base64
+        data["models"].append(found | (pack(model) if room >= 0 else {}))
     parts = {name: (PAGE / name).read_text(encoding="utf-8") for name in ("page.css", "transformer.js", "page.js")}
-    parts["data"] = json.dumps(data, default=plain, separators=(",", ":")).replace(
-        "<", "\\u003c"
-    )  # no text can end the script that holds it
+    parts["data"] = json.dumps(data, default=plain, separators=(",", ":"))
+    parts["data"] = parts["data"].replace("<", "\\u003c")  # no text can end the script that holds it
     page = re.sub("{{(.*?)}}", lambda name: parts[name[1]], (PAGE / "page.html").read_text(encoding="utf-8"))
     os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
     with atomic(config.out) as f:
         f.write(page)
-    what = f"{len(world.models)} models, {len(world.ids)} prompts, {len(page) / 1e6:.1f} MB"
-    print(clean(f"{config.out}: {what}, {time.time() - started:.0f} s; open it in a browser"))
+    size = f"{len(world.models)} models, {len(world.ids)} prompts, {len(page) / 1e6:.1f} MB"
+    print(clean(f"{config.out}: {size}, {time.time() - started:.0f} s; open it in a browser"))
