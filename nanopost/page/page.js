@@ -309,7 +309,7 @@ function answer(model, prompt, temperature, noise) {
 }
 
 let answered = []; // [model, answer] of the last prompt
-const drawTalk = () => $("#talk .cards").replaceChildren(...answered.map(([model, found]) => card(model, found, titleOf(model))));
+const drawTalk = () => $("#talk .cards")?.replaceChildren(...answered.map(([model, found]) => card(model, found, titleOf(model))));
 
 async function ask() {
   const turn = ++asked, prompt = tokenizer.prompt($("#typed").value), temperature = Number($("#temperature").value);
@@ -422,7 +422,7 @@ function lessons() {
     });
     return button;
   }));
-  if (found.length) {
+  if (found.length && !matchMedia("(max-width: 56rem)").matches) { // a narrow page begins without the panel over it
     found[0][1]();
     $(".lesson").textContent = found[0][2]();
   }

@@ -111,7 +111,7 @@ def ask(page, prompt: str, temperature: float, draw: int = 0):
     page.locator("#temperature").fill(str(temperature))
     page.locator("#draw").select_option(str(draw))
     page.locator("#ask").click()
-    page.wait_for_function("document.querySelector('#talk .status').textContent.indexOf('is answering') < 0")
+    playwright.expect(page.locator(".status")).not_to_contain_text("is answering", timeout=60_000)
 
 
 TITLES = {
