@@ -108,7 +108,7 @@ QUICK = {
     r"--keep-every 5 ": "--keep-every 1 ",
     r"annotate\.py": "annotate.py --pairs 400 --valid-pairs 40",
     r"nanopost (evaluate|sample)": r"nanopost \1 --limit 20",
-    r"--steps (60|100)": "",
+    r"--steps (25|60|100)": "",
     r"4e-3 --epochs 1\.2": "4e-3 --steps 400",  # of pretraining: a model that ends its answers, after a fashion
     r"tests/proofs --ignore \S+": "tests/proofs/test_losses.py",
 }

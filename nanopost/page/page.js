@@ -11,7 +11,7 @@ const END = tokenizer.id("<|end|>");
 
 const QUANTITIES = {
   reward: ["reward", "R = −β k, and on the last token + score",
-    "What PPO pays for each token. The reward model reads finished answers only, so its score can only be paid at the end token; every other token just pays for its distance from the reference."],
+    "What PPO pays for each token. The reward model reads finished answers, so its score is paid at the end token; all others just pay for their distance from the reference."],
   penalty: ["KL in the reward", "−β k",
     "What a token costs by itself: β times its log-ratio. A token that the model likes much better than the reference is dear, one that both like costs nothing, and one it likes less earns a little."],
   ratio: ["log-ratio", "k = log π − log π_ref",
@@ -53,7 +53,7 @@ for (const model of models) for (const answer of model.answers)
   for (const [name, column] of Object.entries(columnsOf(answer, model.beta)))
     shown.set(name, Math.max(shown.get(name) ?? 1e-6, ...column.map(Math.abs)));
 
-const state = { prompt: 0, quantity: Object.keys(QUANTITIES).find(name => shown.has(name)), run: 0, step: 0, picked: null };
+const state = { prompt: 0, quantity: Object.keys(QUANTITIES).find(name => shown.has(name)), run: 0, step: 0, picked: null, pointer: {} };
 
 // ------------------------------------------------------------------------------------------------- drawing
 
@@ -90,7 +90,8 @@ function strip(ids, numbers, most, quantity, detail) {
       token.style.setProperty("--strength", `${100 * Math.sqrt(Math.min(1, Math.abs(x) / most))}%`);
     }
     const show = () => pick(token, detail, i);
-    for (const event of ["mouseenter", "focus", "click"]) token.addEventListener(event, show);
+    for (const event of ["focus", "click"]) token.addEventListener(event, show);
+    token.addEventListener("mouseenter", event => { if (moved(event)) show(); });
     return token;
   });
   const row = el("div", { className: "strip" }, tokens);
@@ -107,6 +108,10 @@ function strip(ids, numbers, most, quantity, detail) {
   });
   return row;
 }
+
+/* Whether the pointer has moved, and not only the page below it. */
+const moved = event => event.screenX !== state.pointer.screenX || event.screenY !== state.pointer.screenY;
+document.addEventListener("mousemove", event => { state.pointer = event; });
 
 /* Shows the detail of a token, and marks it. */
 function pick(token, detail, i) {
@@ -425,7 +430,7 @@ function lessons() {
   if (found.length && !matchMedia("(max-width: 56rem)").matches) { // a narrow page begins without the panel over it
     found[0][1]();
     $(".lesson").textContent = found[0][2]();
-  }
+  } else pick(null);
 }
 
 function hide(section, sentence) {
