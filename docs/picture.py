@@ -1,7 +1,7 @@
 """Takes the picture of the README from a page of `nanopost inspect`: its first lesson, the score on the end token.
 
-    pip install -e ".[browser]"
-    python docs/picture.py out/inspect.html docs/inspect.png
+pip install -e ".[browser]"
+python docs/picture.py out/inspect.html docs/inspect.png
 """
 
 import os

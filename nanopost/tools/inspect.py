@@ -32,7 +32,6 @@ from nanopost.tools import check_file
 ROOT = Path(__file__).resolve().parents[2]  # where the training scripts are
 PAGE = ROOT / "nanopost" / "page"  # the parts of the page
 ROOM = 7_400_000  # bytes of models in the page: those that do not fit cannot be talked to
-LIKELIEST = 5  # alternatives at each token
 RECORDS = 4  # demonstrations, and pairs, at most
 
 
@@ -160,7 +159,7 @@ class Inspection:
             place = prompt + answer["ids"].tolist(), len(prompt)
             logprobs = {other: self.logprobs(model, *place) for other, model in self.models.items()}
             own = logprobs[folder]  # (N, V)
-            ids = torch.cat([answer["ids"][:, None], own.topk(LIKELIEST).indices], dim=1)  # (N, 6): the chosen first
+            ids = torch.cat([answer["ids"][:, None], own.topk(5).indices], dim=1)  # (N, 6): the chosen first
             answer |= {"likely": ids, "under": {other: x.gather(1, ids).exp() for other, x in logprobs.items()}}
             if self.reference:
                 answer["columns"]["kl"] = (own.exp() * (own - self.logprobs(self.reference, *place))).sum(1)
@@ -215,7 +214,9 @@ def pack(model) -> dict:
 
 
 def plain(x: torch.Tensor):
-    """For JSON: numbers with four decimals."""
+    """For JSON: numbers with four decimals. Raises UserError for what is no number."""
+    if not x.isfinite().all():
+        raise UserError("not all numbers are finite: the weights of a model are broken")
     return x.double().mul(1e4).round().div(1e4).tolist() if x.is_floating_point() else x.tolist()
 
 
@@ -246,5 +247,4 @@ def main(config: Config):
     os.makedirs(os.path.dirname(config.out) or ".", exist_ok=True)
     with atomic(config.out) as f:
         f.write(page)
-    size = f"{len(world.models)} models, {len(world.ids)} prompts, {len(page) / 1e6:.1f} MB"
-    print(clean(f"{config.out}: {size}, {time.time() - started:.0f} s; open it in a browser"))
+    print(clean(f"{config.out}: {len(page) / 1e6:.1f} MB after {time.time() - started:.0f} s; open it in a browser"))
