@@ -7,7 +7,7 @@ const tokenizer = new Tokenizer(data.tokens, data.special);
 const END = tokenizer.id("<|end|>");
 
 // ------------------------------------------------------------------------------------------- the quantities
-// title, formula, what it means in words (of a model, if it depends on one), and whether its sign matters
+// {name: [title, formula, what it means in words]}
 
 const QUANTITIES = {
   reward: ["reward", "R = −β k, and on the last token + score",
@@ -35,12 +35,13 @@ const isReference = model => model.name.replace(/\/+$/, "") === data.reference.r
 const sum = numbers => numbers.reduce((a, b) => a + b, 0);
 const mean = numbers => sum(numbers) / numbers.length;
 
+const UNSIGNED = new Set(["mask", "kl", "loss"]); // quantities that are never negative
+
 /* A number with its sign; of a quantity that has none, without. */
 function signed(x, digits = 2, quantity = "") {
   const text = Math.abs(x).toFixed(quantity === "mask" ? 0 : digits);
   return UNSIGNED.has(quantity) || Number(text) === 0 ? text : (x < 0 ? "−" : "+") + text;
 }
-const UNSIGNED = new Set(["mask", "kl", "loss"]);
 
 /* The numbers of an answer by the name of the quantity. */
 function columnsOf(answer, beta) {
@@ -145,8 +146,10 @@ function answerDetail(model, answer, columns) {
 function sumOfReward(model, answer, columns, i) {
   const cost = `−${model.beta} × ${signed(columns.ratio[i], 4)}`;
   if (i < answer.ids.length - 1) return `reward = −β k = ${cost} = ${signed(columns.penalty[i], 4)}`;
-  const why = answer.ended ? "The answer is finished: only here is there something to score." : "The answer did not end: instead of a score it gets that of a missing end.";
-  return `reward = −β k + score = ${cost} + ${signed(answer.score, 4)} = ${signed(columns.reward[i], 4)}. ${why}`;
+  const why = answer.ended ? "The answer is finished: only here is there something to score."
+    : "The answer did not end: in place of its score stands that of a missing end.";
+  const score = `${answer.score < 0 ? "−" : "+"} ${Math.abs(answer.score).toFixed(4)}`;
+  return `reward = −β k + score = ${cost} ${score} = ${signed(columns.reward[i], 4)}. ${why}`;
 }
 
 /* ids: the token that came, then the likeliest; under: {model: their probabilities}. */
@@ -181,6 +184,7 @@ function card(model, answer, name) {
   if (columns.reward) say("all rewards", signed(sum(columns.reward)));
   say("tokens", answer.ids.length);
   if (!answer.ended) say("does not end", "");
+  if (quantity !== state.quantity) say(`there is no ${title(state.quantity)} here; this is the`, title(quantity));
   const row = strip(answer.ids, columns[quantity], shown.get(quantity) ?? 1, quantity, answerDetail(model, answer, columns));
   row.setAttribute("aria-label", `Answer of ${name}: ${textOf(answer.ids)}`);
   const gold = Object.entries(answer.parts ?? {}).map(([part, points]) => `${part} ${signed(points, 1)}`).join(", ");
@@ -366,11 +370,15 @@ function setQuantity(name) {
   draw();
 }
 
+/* Draws anew what depends on the quantity or the prompt, and picks the token again that was picked. */
 function draw() {
+  const rows = () => [...document.querySelectorAll(".strip")], row = rows().findIndex(row => row.contains(state.picked));
+  const at = row < 0 ? -1 : [...rows()[row].children].indexOf(state.picked);
   drawQuantity();
   drawAnswers();
   drawCourse();
   drawTalk();
+  rows()[row]?.children[at]?.click();
 }
 
 let timer;
@@ -416,7 +424,7 @@ function lessons() {
   }
   if (free >= 0) found.push(["How it goes wrong without a penalty",
     () => { setQuantity(shown.has("ratio") ? "ratio" : "logprob"); setRun(free); pick(null); play(); return $("#course"); },
-    () => `${names[runs[free].name]} was trained with β = 0. Watch the score rise while the gold reward falls: the reward model has never seen such texts, so what it says of them means nothing. The log-ratios tell at once: hardly a token is one that the reference would have written.`]);
+    () => `${names[runs[free].name]} was trained with β = 0. Watch the score rise while the gold reward falls: the reward model has never seen such texts, so what it says of them means nothing. The log-ratios tell at once: blue are tokens that the reference would hardly have written, more and more of them.`]);
   $("#lessons .buttons").replaceChildren(...found.map(([text, show, say], i) => {
     const button = el("button", { type: "button" }, `${i + 1}. ${text}`);
     button.addEventListener("click", () => {

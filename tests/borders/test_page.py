@@ -162,6 +162,12 @@ def test_every_quantity_has_its_number_under_the_token_and_a_sentence(page, data
     shown = page.locator("#answers .card").nth(2).locator(".number").all_inner_texts()
     assert [number(x) for x in shown] == pytest.approx(wanted, abs=0.00501)
     assert len(page.locator(".meaning").inner_text()) > 60
+    assert (
+        page.locator(".token-detail tr.current th").first.inner_text()
+        == {"penalty": "KL in the reward", "mask": "mask", **TITLES}[quantity]
+    )
+    course = page.locator("#course .stats").inner_text()  # of kept copies no values were fitted, nor the exact KL
+    assert ("there is no" in course) == (quantity in ("value", "advantage", "return", "kl"))
     prompt = page.locator("#answers .prompt .number").all_inner_texts()
     assert set(prompt) == ({"0"} if quantity == "mask" else {""})
 
