@@ -8,6 +8,7 @@ one is complete. Loading runs no code: only tensors and plain values are read.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -225,11 +226,17 @@ def fits(tensors, config: GPTConfig) -> bool:
     if not isinstance(tensors, dict) or config.n_layer > len(tensors):
         return False
     try:
-        with torch.device("meta"):
-            shapes = {name: tensor.shape for name, tensor in GPT(config).state_dict().items()}
+        shapes = shapes_of(dataclasses.astuple(config))
     except (RuntimeError, TypeError, OverflowError):  # numbers beyond 64 bits
         return False
     return {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()} == shapes
+
+
+@functools.lru_cache(maxsize=8)  # the kept copies of a run all have the same
+def shapes_of(sizes: tuple) -> dict[str, torch.Size]:
+    """The shapes of the tensors of a model with these sizes, the fields of GPTConfig."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in GPT(GPTConfig(*sizes)).state_dict().items()}
 
 
 def load_pretrained(name: str) -> tuple[GPT, Tokenizer]:
