@@ -2,10 +2,10 @@
 
     python docs/results.py                          # or `make results`: about an hour of processor time
     python docs/results.py --instructions FILE      # also recipes/instructions.sh, on a file of yours
-    python docs/results.py --versus A.json,B.json   # runs nothing: a table of these reports of `nanopost versus`
     python docs/results.py --check                  # runs nothing: do the documents quote docs/results.md?
 
-What has run is kept in out/results, so a second call only rewrites the documents. docs/runs.py has the commands,
+What has run is kept in out/results, so a second call only rewrites the documents. With --versus and reports of
+`nanopost versus`, nothing is run, and only their table is written. docs/runs.py has the commands,
 docs/measure.py measures what the logs do not say, docs/tables.py makes tables and numbers of all that, and
 docs/quotes.py says how a document quotes a number.
 """
