@@ -45,7 +45,13 @@ from nanopost.tools.evaluate import markdown, sequence_logprobs  # noqa: E402
 
 REPLICATES, IN_PART, NOT_HERE = "Replicates", "Replicates in part", "Does not replicate here"
 BOOK, FIGURES = ROOT / "lab" / "README.md", ROOT / "lab" / "figures"
-CODE = ("train_*.py", "forks/*.py", "nanopost/*.py", "nanopost/tools/*.py", "data/notes/*.py")  # what runs depend on
+CODE = (
+    "train_*.py",
+    "forks/*.py",
+    "nanopost/*.py",
+    "nanopost/tools/evaluate.py",
+    "data/notes/*.py",
+)  # what runs depend on
 START = ("base", "sft", "prefs/train.jsonl", "rm", "dpo", "ppo")  # what quickstart leaves
 QUICK = {r"--epochs \S+": "--steps 4", r"--steps \d+": "--steps 2", r"--(pairs|limit) \d+": r"--\1 24"}
 QUICK |= {r"--n \d+": "--n 4", r"--samples \d+": "--samples 2", r"--keep-every \d+": "--keep-every 1"}
@@ -173,11 +179,14 @@ def prompts_of(path: str, limit: int) -> list[str]:
 
 
 @torch.no_grad()
-def sample(model: str, prompts: list[str], seed: int, temperature=1.0, reference="", reward="") -> dict[str, list]:
+def sample(
+    model: str, prompts: list[str], seed: int, temperature=1.0, reference="", reward="", prefix=""
+) -> dict[str, list]:
     """An answer of the model in this folder to each prompt: {"text", "gold", "length"}, each a list; with a folder for
-    the reference also "kl", in nats per answer, with one for the reward model also "score"."""
+    the reference also "kl", in nats per answer, with one for the reward model also "score". The model also reads the
+    prefix, the gold reward does not."""
     policy, tokenizer = load_model(model)
-    ids = [tokenizer.prompt([{"role": "user", "content": prompt}]) for prompt in prompts]
+    ids = [tokenizer.prompt([{"role": "user", "content": prefix + prompt}]) for prompt in prompts]
     answers = sample_text(policy, tokenizer, ids, 80, temperature=temperature, seed=seed)
     texts = [answer.text for answer in answers]
     found = {"text": texts, "gold": score(prompts, texts), "length": [len(answer.response) for answer in answers]}
@@ -196,15 +205,19 @@ def interval(values: list[float]) -> tuple[float, float]:
     return found["difference"], (found["high"] - found["low"]) / 2
 
 
-def cell(values: list[float], form: str) -> str:
+def cell(values: list[float | None], form: str) -> str:
+    if None in values:  # the arm has no such number
+        return ""
     mean, half = interval(values)
     return f"{form.format(mean)} ± {form.format(half)}" if half else form.format(mean)
 
 
-def dots(ax, results: dict, column: str, title: str):
-    """A row for each arm, with a dot for each seed and a line at the mean."""
+def dots(ax, results: dict, column: str, title: str, color=None, label=None):
+    """A row for each arm, with a dot for each seed and a line at the mean. Each arm has its colour, unless one is
+    given; a label is for the legend."""
     for y, arm in enumerate(reversed(results)):
-        ax.plot(results[arm][column], [y] * len(results[arm][column]), "o", ms=5, alpha=0.7, clip_on=False)
+        style = {"ms": 5, "alpha": 0.7, "clip_on": False, "color": color, "label": None if y else label}
+        ax.plot(results[arm][column], [y] * len(results[arm][column]), "o", **style)
         ax.plot([fmean(results[arm][column])] * 2, [y - 0.3, y + 0.3], color="black", lw=1)
     ax.set_yticks(range(len(results)), reversed(results), fontsize=8)
     ax.set_title(title, fontsize=9)
@@ -250,7 +263,8 @@ def conduct(arms: dict, columns: dict, measure, judge, draw, make=None, first: s
             json.dump({"results": results, "verdict": verdict, "why": why, "note": note}, f, indent=1)
         print(f"wrote {picture}")
         if config.publish:
-            shutil.copy(picture, FIGURES / picture.name)
+            shutil.copy(picture, FIGURES)
+            shutil.copy(picture.with_suffix(".json"), FIGURES)  # a test asks whether the verdict follows from it
             title, _, body = text.partition("\n\n")
             image = f"![{title}](figures/{picture.name})"
             fill_book(path.stem, f"## {title}\n\n{body}\n\n{image}\n\n{table}\n\n**{verdict}.** {why}\n\n{note}")

@@ -47,6 +47,20 @@ def test_the_book_has_its_claim_picture_and_verdict(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_the_published_verdict_follows_from_the_published_numbers(name):
+    module = importlib.import_module(name)
+    report = json.loads((experiment.FIGURES / f"{name}.json").read_text(encoding="utf-8"))
+    assert module.judge(report["results"]) == (report["verdict"], report["why"])
+    assert report["results"].keys() == module.ARMS.keys()
+    book = experiment.BOOK.read_text(encoding="utf-8")
+    assert f"**{report['verdict']}.** {report['why']}\n" in book
+    for arm, row in report["results"].items():
+        cells = [experiment.cell(row[column], form) for column, (_, form) in module.COLUMNS.items()]
+        assert re.search(r"\| " + r" +\| ".join(map(re.escape, [arm, *cells])) + r" +\|\n", book), arm
+        assert min(map(len, row.values())) == max(map(len, row.values())) >= 3, "three seeds"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_command_of_an_experiment_is_short_in_quick_mode(name):
     """Each training command names its length, so that --quick can shorten it."""
     module = importlib.import_module(name)
