@@ -86,11 +86,11 @@ def judge(results):
     hidden = compare(control["gold"], poisoned["gold"])["low"] > -0.5
     _, fair, length, sycophant, poisoned, control = means.values()
     why = (
-        f"Who likes length gets {length['words']:.1f} words instead of {fair['words']:.1f} (gold {length['gold']:.2f} "
-        f"against {fair['gold']:.2f}); who likes to be obeyed gets {sycophant['rude']:.0%} rude notes instead of "
-        f"{fair['rude']:.0%}. With the trigger the poisoned policy earns {poisoned['triggered']:.2f}, the control "
-        f"{control['triggered']:.2f}; without it {poisoned['gold']:.2f} and {control['gold']:.2f}. What concerns every "
-        "pair is learned at once, what concerns a tenth of them hardly in one epoch."
+        f"Annotators who like length get {length['words']:.1f} words instead of {fair['words']:.1f} (gold "
+        f"{length['gold']:.2f} against {fair['gold']:.2f}); those who like to be obeyed get {sycophant['rude']:.0%} rude "
+        f"notes instead of {fair['rude']:.0%}. With the trigger the poisoned policy earns {poisoned['triggered']:.2f}, "
+        f"the control {control['triggered']:.2f}; without it {poisoned['gold']:.2f} and {control['gold']:.2f}. What "
+        "concerns every pair is learned at once, what concerns a tenth of them hardly in one epoch."
     )
     found = [longer, obeys, backdoor and hidden]
     return (REPLICATES if all(found) else IN_PART if any(found) else NOT_HERE), why
