@@ -1,4 +1,4 @@
-"""DPO: flipped labels, foreign pairs, and labels that all agree
+"""DPO: flipped labels, foreign pairs, labels that agree
 
 **Claim.** Flipped labels harm DPO (Chowdhury et al., arXiv 2403.00409). Pairs that the policy did not write itself
 teach it less (Tajwar et al., arXiv 2404.14367). Where nobody disagrees, DPO's margin between the two answers grows
