@@ -134,6 +134,7 @@ def prepare(config: Config) -> str:
 def run_all(config: Config, name: str, make, first: str, arms: dict, measure) -> tuple[dict, float]:
     """(results[arm][column], a list over the seeds; the processor time of all runs, in seconds)."""
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["LAB_QUICK"] = "1" if config.quick else ""  # for the processes of the runs
     base, code = prepare(config), hashlib.sha256(meaning(Path(sys.argv[0])).encode()).hexdigest()[:8]
     out, start = Path(config.out).resolve(), str(Path(config.start).resolve())
 
@@ -174,6 +175,8 @@ def run_all(config: Config, name: str, make, first: str, arms: dict, measure) ->
 
 
 def prompts_of(path: str, limit: int) -> list[str]:
+    """The first prompts of a file: `limit`, or a few with --quick."""
+    limit = min(limit, 8) if os.environ.get("LAB_QUICK") else limit
     with open(path, encoding="utf-8") as f:
         return [json.loads(line)["prompt"] for line in f][:limit]
 
