@@ -17,8 +17,11 @@ import json
 import random
 from statistics import fmean
 
-from annotate import preference
 from experiment import IN_PART, NOT_HERE, REPLICATES, conduct, dots, prompts_of, sample
+
+# isort: split
+# data/notes is on the path now
+from annotate import preference
 from gold import explain, read_prompt, score
 from nanopost.paired import compare
 

@@ -17,8 +17,11 @@ import json
 import os
 from statistics import fmean
 
-import sums
 from experiment import IN_PART, NOT_HERE, REPLICATES, conduct, dots, prompts_of, sample
+
+# isort: split
+# data/notes is on the path now
+import sums
 from nanopost.paired import compare
 
 

@@ -61,6 +61,16 @@ def test_the_published_verdict_follows_from_the_published_numbers(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_what_lies_in_data_notes_is_imported_after_the_harness_that_puts_it_on_the_path(name):
+    nodes = ast.parse(SCRIPTS[name].read_text(encoding="utf-8")).body
+    names = [(node.lineno, node.module) for node in nodes if isinstance(node, ast.ImportFrom)]
+    names += [(node.lineno, alias.name) for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    order = [module for _, module in sorted(names)]
+    notes = {path.stem for path in (ROOT / "data" / "notes").glob("*.py")}
+    assert not notes & {*order[: order.index("experiment")]}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_every_command_of_an_experiment_is_short_in_quick_mode(name):
     """Each training command names its length, so that --quick can shorten it."""
     module = importlib.import_module(name)
