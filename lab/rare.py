@@ -57,17 +57,16 @@ COLUMNS = {"right": ("right", "{:.0%}"), "greedy": ("right, greedy", "{:.0%}")}
 
 
 def measure(folders):
-    prompts = prompts_of(f"{folders.first}/sums/eval.jsonl", 200) * 5
-    model, judge = f"{folders.here}/model", f"{folders.here}/rm"
-    texts = sample(model, prompts, folders.seed)["text"]
+    prompts = prompts_of(f"{folders.first}/sums/eval.jsonl", 200)
+    model, judge, P = f"{folders.here}/model", f"{folders.here}/rm", len(prompts)
     if os.path.exists(judge):
-        prompts = prompts[:200]
         found = sample(model, prompts * 16, folders.seed, reward=judge)
-        best = [max(range(i, 3200, 200), key=lambda row: found["score"][row]) for i in range(200)]
+        best = [max(range(i, 16 * P, P), key=lambda row: found["score"][row]) for i in range(P)]
         texts = [found["text"][row] for row in best]
         return {"right": fmean(sums.correct(prompts, texts)), "greedy": None}
-    greedy = sample(model, prompts[:200], folders.seed, temperature=0)["text"]
-    return {"right": fmean(sums.correct(prompts, texts)), "greedy": fmean(sums.correct(prompts[:200], greedy))}
+    texts = sample(model, prompts * 5, folders.seed)["text"]
+    greedy = sample(model, prompts, folders.seed, temperature=0)["text"]
+    return {"right": fmean(sums.correct(prompts * 5, texts)), "greedy": fmean(sums.correct(prompts, greedy))}
 
 
 def judge(results):
