@@ -19,6 +19,7 @@ import inspect
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -45,13 +46,7 @@ from nanopost.tools.evaluate import markdown, sequence_logprobs  # noqa: E402
 
 REPLICATES, IN_PART, NOT_HERE = "Replicates", "Replicates in part", "Does not replicate here"
 BOOK, FIGURES = ROOT / "lab" / "README.md", ROOT / "lab" / "figures"
-CODE = (
-    "train_*.py",
-    "forks/*.py",
-    "nanopost/*.py",
-    "nanopost/tools/evaluate.py",
-    "data/notes/*.py",
-)  # what runs depend on
+CODE = "train_*.py", "forks/*.py", "nanopost/*.py", "nanopost/tools/evaluate.py", "data/notes/*.py"  # of all runs
 START = ("base", "sft", "prefs/train.jsonl", "rm", "dpo", "ppo")  # what quickstart leaves
 QUICK = {r"--epochs \S+": "--steps 4", r"--steps \d+": "--steps 2", r"--(pairs|limit) \d+": r"--\1 24"}
 QUICK |= {r"--n \d+": "--n 4", r"--samples \d+": "--samples 2", r"--keep-every \d+": "--keep-every 1"}
@@ -87,21 +82,30 @@ def execute(folders: Folders, make, commands: str):
     """Runs the commands in a new folder, which gets its name once they are done. Raises UserError if they fail."""
     unfinished = f"{folders.here}.{os.getpid()}"
     os.makedirs(unfinished)
-    if make:
-        make(replace(folders, here=unfinished))
-    names = vars(folders) | {"here": unfinished, "PYTHONPATH": str(ROOT)}
-    shell = f'python() {{ {sys.executable} "$@"; }}\nnanopost() {{ python -m nanopost "$@"; }}\n{commands}'
-    with open(f"{unfinished}/log.txt", "w") as log:
-        environment = os.environ | {name: str(x) for name, x in names.items()}
-        command = ["bash", "-e", "-o", "pipefail", "-c", shell]
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        if make:
+            make(replace(folders, here=unfinished))
+        seconds = shell(replace(folders, here=unfinished), commands)
+    except BaseException:
+        shutil.rmtree(unfinished)
+        raise
+    Path(unfinished, "seconds").write_text(str(seconds))
+    os.rename(unfinished, folders.here)
+
+
+def shell(folders: Folders, commands: str) -> float:
+    """Runs the commands, and returns their processor time in seconds. Raises UserError if they fail."""
+    names = {name: str(x) for name, x in vars(folders).items()} | {"PYTHONPATH": str(ROOT)}
+    python = f'python() {{ {shlex.quote(sys.executable)} "$@"; }}\nnanopost() {{ python -m nanopost "$@"; }}\n'
+    command = ["bash", "-e", "-o", "pipefail", "-c", python + commands]
+    with open(f"{folders.here}/log.txt", "w") as log:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | names, **streams)
         _, process.returncode, usage = os.wait4(process.pid, 0)
     if process.returncode:
-        end = Path(unfinished, "log.txt").read_text()[-1000:]
-        shutil.rmtree(unfinished)
+        end = Path(folders.here, "log.txt").read_text()[-1000:]
         raise UserError(f"a run of the experiment failed; the end of what it said is\n{end}")
-    Path(unfinished, "seconds").write_text(str(usage.ru_utime + usage.ru_stime))
-    os.rename(unfinished, folders.here)
+    return usage.ru_utime + usage.ru_stime
 
 
 def work(folders: Folders, make, commands: str, measure, code: str) -> dict:
@@ -139,7 +143,7 @@ def run_all(config: Config, name: str, make, first: str, arms: dict, measure) ->
     out, start = Path(config.out).resolve(), str(Path(config.start).resolve())
 
     def folder(arm: str, commands: str, seed: int) -> str:
-        parts = [base, shorten(first), commands, str(seed), inspect.getsource(make) if make else ""]
+        parts = [base, shorten(first), commands, f"{seed} {config.quick}", inspect.getsource(make) if make else ""]
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:8]
         (out / name).mkdir(parents=True, exist_ok=True)
         return str(out / name / f"{re.sub(r'[^a-z0-9]+', '-', arm.lower())}-seed{seed}-{key}")

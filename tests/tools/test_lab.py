@@ -177,8 +177,9 @@ def test_a_run_that_fails_leaves_no_folder_and_says_why(tmp_path, start):
 def test_quick_gives_no_verdict_and_is_not_published(tmp_path, start):
     done, _ = run_toy(tmp_path, start, "--quick", "--publish")
     assert done.returncode == 2 and "--publish" in done.stderr
-    done, _ = run_toy(tmp_path, start, "--quick")
+    done, runs = run_toy(tmp_path, start, "--quick")
     assert done.returncode == 0 and "No verdict." in done.stdout
+    assert run_toy(tmp_path, start)[1] == runs + 6, "what was measured in a hurry is not taken for the whole"
 
 
 def test_one_seed_is_no_evidence(tmp_path, start):
