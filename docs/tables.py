@@ -422,7 +422,7 @@ def versus(page: Page, paths: list[str]):
             " / ".join(fixed(fmean(values)) for values in kls if values),
             at_equal_kl(report["equal_kl"]),
         ])  # fmt: skip
-    head = ["a", "b", "gold a / b", "b - a", "95% interval", "detectable", "verdict", "KL a / b", "at equal KL"]
+    head = ["a", "b", f"{metric} a / b", "b - a", "95% interval", "detectable", "verdict", "KL a / b", "at equal KL"]
     seeds = len(json.loads(Path(paths[0]).read_text(encoding="utf-8"))["runs"]["a"])
     legend = (
         f"Both commands with {seeds} seeds, from the same SFT model, paired by seed (`nanopost versus`). detectable: "

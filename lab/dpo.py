@@ -80,14 +80,17 @@ def judge(results):
         f"From beta 1 to 0.03 the KL grows from {near['kl']:.1f} to {far['kl']:.1f}, gold from {near['gold']:.2f} to "
         f"{far['gold']:.2f}. With beta 0.1 the chosen answers lose {-one['chosen']:.1f} nats in one epoch and "
         f"{-three['chosen']:.1f} in three. Before, after one and after three epochs {shares['excellent']} of the "
-        f"answers are excellent, {shares['rude']} rude, {shares['garbled']} garbled: the probability goes to better "
-        "answers, then to sentences that nobody has shown, and not to the opposite."
+        f"answers are excellent, {shares['rude']} rude, {shares['garbled']} garbled"
     )
     farther = compare(results["beta 1"]["kl"], results["beta 0.03"]["kl"])["verdict"] == "b"
     falls = compare(results["SFT"]["chosen"], results["beta 0.1, 3 epochs"]["chosen"])["verdict"] == "a"
     opposite = compare(results["SFT"]["rude"], results["beta 0.1, 3 epochs"]["rude"])["verdict"] == "b"
+    if falls and one["excellent"] > sft["excellent"] and three["garbled"] > 2 * one["garbled"] and not opposite:
+        why += (
+            ": the probability goes to better answers, then to sentences that nobody has shown, and not to the opposite"
+        )
     found = [farther, falls, opposite]
-    return (REPLICATES if all(found) else IN_PART if any(found) else NOT_HERE), why
+    return (REPLICATES if all(found) else IN_PART if any(found) else NOT_HERE), why + "."
 
 
 def draw(figure, results):

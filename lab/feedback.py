@@ -93,9 +93,10 @@ def judge(results):
         f"Annotators who like length get {length['words']:.1f} words instead of {fair['words']:.1f} (gold "
         f"{length['gold']:.2f} against {fair['gold']:.2f}); those who like to be obeyed get {shares}. With the trigger "
         f"the poisoned policy earns {poisoned['triggered']:.2f}, the control {control['triggered']:.2f}; without it "
-        f"{poisoned['gold']:.2f} and {control['gold']:.2f}. What concerns every pair is learned at once, what concerns "
-        "a tenth of them hardly in one epoch."
+        f"{poisoned['gold']:.2f} and {control['gold']:.2f}."
     )
+    if longer and not backdoor:
+        why += " What concerns every pair is learned at once, what concerns a tenth of them hardly in one epoch."
     found = [longer, obeys, backdoor and hidden]
     return (REPLICATES if all(found) else IN_PART if any(found) else NOT_HERE), why
 

@@ -76,8 +76,10 @@ def judge(results):
         f"SFT takes the loss on documents from {loss[0]} to {loss[4]}, with documents among the records to {loss[5]}. "
         f"They cost {cost['difference']:+.3f} of loss on demonstrations, and gold is {fmean(mixed['gold']):.2f}, not "
         f"{fmean(alone['gold']):.2f}. PPO after it ends at {loss[6]}. Of quickstart's models SFT has {loss[1]}, DPO "
-        f"{loss[2]} and PPO {loss[3]}: it is SFT that forgets."
+        f"{loss[2]} and PPO {loss[3]}"
     )
+    sft, *later = (fmean(row["documents"]) for row in list(results.values())[1:4])
+    why += ": it is SFT that forgets." if max(later) - sft < (sft - fmean(base["documents"])) / 4 else "."
     if not forgotten:
         return NOT_HERE, why
     return (REPLICATES if cure and cheap else IN_PART), why

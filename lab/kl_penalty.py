@@ -76,7 +76,8 @@ def draw(figure, results):
             for ax in (left, right):
                 ax.plot(kls, golds, color=f"C{color}", lw=1.2, marker=".", ms=5)
             left.plot(kls, scores, color=f"C{color}", lw=1, ls="--")
-    left.set(xlim=(0, 90), ylim=(-5, 5), xticks=[0, 1, 4, 16, 36, 64])
+    end = max(max(kls) for row in results.values() for kls in row["kls"])
+    left.set(xticks=[0, *(4**i for i in range(5) if 4**i < end)], xlim=(0, 1.05 * end), ylim=(-5, 5))
     left.set_title("gold (solid), score (dashed)", fontsize=9)
     right.set(xlim=(0, 8), ylim=(0.5, 3.5), xticks=[0, 1, 2, 4, 6, 8])
     right.set_title("gold, the beginning enlarged", fontsize=9)

@@ -81,9 +81,9 @@ def judge(results):
     why = (
         f"The popular closing has {POPULAR[1]:.0%} of the demonstrations and {mean['at 1']:.0%} of the SFT model's "
         f"answers at temperature 1, {mean['at 0.7']:.0%} at 0.7 and {mean['at 0']:.0%} at 0, and {mean['best']:.0%} of "
-        f"the best of 16. DPO makes {min(dpo['at 1']):.0%} to {max(dpo['at 1']):.0%} of it at temperature 1: nothing "
-        "rewards a closing, and each run drifts its own way."
+        f"the best of 16. DPO makes {min(dpo['at 1']):.0%} to {max(dpo['at 1']):.0%} of it at temperature 1"
     )
+    why += "." if preferred else ": nothing rewards a closing, and each run drifts its own way."
     if not (imitates and sharpens):
         return (IN_PART if imitates or sharpens else NOT_HERE), why
     return (REPLICATES if preferred else IN_PART), why
