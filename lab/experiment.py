@@ -37,12 +37,13 @@ sys.path += [str(ROOT), str(ROOT / "data" / "notes")]  # for docs/, and the gold
 from docs.runs import conditions  # noqa: E402
 from gold import score  # noqa: E402
 from nanopost.checkpoint import atomic, load_model  # noqa: E402
-from nanopost.config import UserError, at_least, cli  # noqa: E402
+from nanopost.config import UserError, cli  # noqa: E402
 from nanopost.paired import compare  # noqa: E402
 from nanopost.resume import fingerprint, meaning  # noqa: E402
 from nanopost.reward import load_reward  # noqa: E402
 from nanopost.sampling import sample_text  # noqa: E402
 from nanopost.tools.evaluate import markdown, sequence_logprobs  # noqa: E402
+from nanopost.tools.lab import Options  # noqa: E402
 
 REPLICATES, IN_PART, NOT_HERE = "Replicates", "Replicates in part", "Does not replicate here"
 BOOK, FIGURES = ROOT / "lab" / "README.md", ROOT / "lab" / "figures"
@@ -53,19 +54,8 @@ QUICK |= {r"--n \d+": "--n 4", r"--samples \d+": "--samples 2", r"--keep-every \
 
 
 @dataclass
-class Config:
-    start: str = "out"  # folder of quickstart, which is run if it is not complete
-    out: str = "out/lab"  # folder for runs, numbers and pictures
-    seeds: int = 3  # runs of each arm
-    jobs: int = 2  # runs at a time, each on one thread
-    quick: bool = False  # a few steps of everything, to try it: no verdict
-    publish: bool = False  # write picture, table and verdict into lab/README.md
-
-    def __post_init__(self):
-        at_least(self, 1, "jobs")
-        at_least(self, 2, "seeds")  # one seed is no evidence
-        if self.quick and self.publish:
-            raise UserError("--publish: what --quick measures is no evidence")
+class Config(Options):
+    """Of one experiment."""
 
 
 @dataclass(frozen=True)

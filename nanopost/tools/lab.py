@@ -22,8 +22,9 @@ LAB = ROOT / "lab"
 
 
 @dataclass
-class Config:
-    experiments: list[str] = field(default_factory=list)  # names, or all; none: list them
+class Options:
+    """What every experiment takes too (lab/experiment.py)."""
+
     start: str = "out"  # folder of quickstart, which is run if it is not complete
     out: str = "out/lab"  # folder for runs, numbers and pictures
     seeds: int = 3  # runs of each arm
@@ -33,7 +34,14 @@ class Config:
 
     def __post_init__(self):
         at_least(self, 1, "jobs")
-        at_least(self, 2, "seeds")
+        at_least(self, 2, "seeds")  # one seed is no evidence
+        if self.quick and self.publish:
+            raise UserError("--publish: what --quick measures is no evidence")
+
+
+@dataclass
+class Config(Options):
+    experiments: list[str] = field(default_factory=list)  # names, or all; none: list them
 
 
 def title(path: Path) -> str:
