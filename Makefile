@@ -1,5 +1,5 @@
 # make quickstart   sets up .venv and runs the whole pipeline on the embedded data (recipes/quickstart.sh)
-# make test         sets up .venv and runs the tests
+# make test         sets up .venv and runs the tests; make test TEST=--slow adds those that take long
 # make lint         checks the code with ruff, and that it is formatted (`ruff format` formats it)
 # make bench        measures speed and memory; e.g. make bench BENCH="--size trl-small --against trl"
 # make torture      kills, crashes, full disks, damaged and malformed files in full (docs/reliability.md)
@@ -13,7 +13,7 @@ quickstart: .venv/installed
 	PYTHON=$(VENV) recipes/quickstart.sh
 
 test: .venv/installed
-	$(VENV) -m pytest -n auto
+	$(VENV) -m pytest -n auto $(TEST)
 
 lint: .venv/installed
 	$(VENV) -m ruff check

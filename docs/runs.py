@@ -92,7 +92,7 @@ $python -m nanopost evaluate $here/ppo --reference $seed0/sft --reward $seed0/rm
 MEASURE = "$python docs/measure.py $seed0 --json $here/measured.json\n"
 
 PROOFS = """
-$python -m pytest -q --measured tests/proofs --ignore tests/proofs/test_mutants.py | tee $here/measured.txt
+$python -m pytest -q --measured --slow tests/proofs --ignore tests/proofs/test_mutants.py | tee $here/measured.txt
 """
 
 PARITY = "$python -m pytest -q --measured tests/borders/test_huggingface.py | tee $here/measured.txt\n"

@@ -321,10 +321,17 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-# ------------------------------------------------------------------------------------------------ --mine, --measured
+# ---------------------------------------------------------------------------------------- --slow, --mine, --measured
+
+
+def rest_slow(values) -> list:
+    """Parameters of which the first is always tried, the others only with --slow."""
+    first, *rest = values
+    return [first, *(pytest.param(value, marks=pytest.mark.slow) for value in rest)]
 
 
 def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that are marked slow")
     parser.addoption("--mine", metavar="FILE", help="test the functions of this file in the place of ours")
     parser.addoption("--measured", action="store_true", help="print the error that every proof measured")
     parser.addoption("--torture", metavar="N", type=int, default=1, help="tests/torture: N times the small amount")
@@ -433,7 +440,8 @@ def as_they_were():
 
 
 def pytest_collection_modifyitems(config, items):
-    """With --mine, the properties of its functions are run and no other tests."""
+    """With --mine, the properties of its functions are run and no other tests; else, without --slow, no slow ones."""
+    kept = items
     if config.getoption("--mine"):
         from properties import properties
 
@@ -447,8 +455,11 @@ def pytest_collection_modifyitems(config, items):
             return any(item.function in wanted.get(script, ()) for script in scripts)
 
         kept = [item for item in items if asked(item)]
-        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-        items[:] = kept
+    elif not config.getoption("--slow"):
+        kept = [item for item in items if not item.get_closest_marker("slow")]
+    chosen = set(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = kept
 
 
 def pytest_terminal_summary(terminalreporter, config):

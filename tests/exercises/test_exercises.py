@@ -83,6 +83,7 @@ def test_the_scripts_functions_fill_them_in(tmp_path):
         assert any(line.startswith(f"holds: {beginning}") for line in out), beginning
 
 
+@pytest.mark.slow
 def test_they_can_be_written_one_at_a_time(tmp_path):
     """Only what is written is looked at, also where a property needs another function."""
     file = tmp_path / "mine.py"
@@ -203,6 +204,7 @@ def test_dpo_under_another_name_is_no_solution(name, monkeypatch):
     assert first_failure(f"train_dpo.{name}", {})
 
 
+@pytest.mark.slow
 def test_a_readers_copy_is_tested_as_what_it_should_be(tmp_path):
     """And not as the DPO that it is no longer."""
     file = tmp_path / "mine.py"

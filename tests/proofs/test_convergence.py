@@ -176,6 +176,7 @@ def test_the_script_brings_the_transformer_to_the_optimum(method, trained, refer
     at_most(distance, 0.03)
 
 
+@pytest.mark.slow
 def test_ppo_with_a_critic_of_its_own_comes_to_the_same_optimum(reference):
     torch.manual_seed(1)
     critic = tiny_gpt(seed=5, n_embd=32, noise=0.1).float().add_head(std=0.0)

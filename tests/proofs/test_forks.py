@@ -412,6 +412,7 @@ def reference():
     return freeze(tiny_gpt(seed=3, n_embd=32, noise=0.1).float())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["loo", "group"])
 def test_grpo_with_the_kl_in_the_reward_brings_the_transformer_to_the_optimum(baseline, reference):
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import properties
-from conftest import FORKS, ROOT, SCRIPTS, VARIANTS, functions_in, one_line, put_in_place, script_path
+from conftest import FORKS, ROOT, SCRIPTS, VARIANTS, functions_in, one_line, put_in_place, rest_slow, script_path
 from mutants import MUTANTS
 from nanopost.config import UserError
 
@@ -21,7 +21,7 @@ def prove(file, *files):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS + FORKS)
+@pytest.mark.parametrize("script", rest_slow(SCRIPTS + FORKS))
 def test_a_copy_of_a_script_passes(script, tmp_path):
     copy = tmp_path / "mine.py"
     copy.write_text("# a comment\n" + script_path(script).read_text())
@@ -38,6 +38,7 @@ def losses(*names) -> str:
     return "\n\n".join([text, *(properties.source_of(script, name) for script, name in names)])
 
 
+@pytest.mark.slow
 def test_functions_of_several_scripts_in_one_file_each_replace_their_own(tmp_path):
     file = tmp_path / "mine.py"
     mine = [("sft", "masked_cross_entropy"), ("rm", "pairwise_loss"), ("ppo", "gae"), ("grpo", "kl_loss")]
@@ -73,7 +74,7 @@ def with_slip(name, what) -> str:
     return script_path(script).read_text().replace(source, source.replace(right, wrong))
 
 
-@pytest.mark.parametrize("slip", SLIPS)
+@pytest.mark.parametrize("slip", rest_slow(SLIPS))
 def test_a_mistake_is_told_with_its_function(slip, tmp_path):
     name, what = slip.split(": ", 1)
     file, function = tmp_path / "mine.py", name.split(".")[1]
@@ -88,6 +89,7 @@ def test_a_mistake_is_told_with_its_function(slip, tmp_path):
         assert f"{function} returns what it would with this mistake of mutants.py: {what}\n" in out
 
 
+@pytest.mark.slow
 def test_an_error_in_a_function_is_told_as_what_it_is(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def whiten(x, mask, shift_mean=True):\n    return x / nothing\n")

@@ -1,6 +1,6 @@
 """Plants the mistakes of mutants.py, one at a time. At least one test of this folder must fail for each of them.
 
-    python -m pytest tests/proofs/test_mutants.py -v                    one line per mistake
+    python -m pytest tests/proofs/test_mutants.py -v --slow                    one line per mistake
     python -m pytest tests/proofs/test_mutants.py -v -k policy_loss     those of one function
 
 A mistake is planted in the function's own code, so whoever calls it gets the wrong one: the scripts, main() included,
@@ -12,6 +12,7 @@ import importlib
 import inspect
 import itertools
 import pkgutil
+import re
 import textwrap
 
 import pytest
@@ -90,11 +91,17 @@ def test_the_catalogue_fits_the_code(name):
         )
 
 
-@pytest.mark.parametrize(
-    "name, what, right, wrong",
-    [(name, *mistake) for name, mistakes in MUTANTS.items() for mistake in mistakes],
-    ids=[f"{name}: {what}" for name, mistakes in MUTANTS.items() for what, *_ in mistakes],
-)
+# Functions whose mistakes only whole runs show: without --slow the first of each is tried. Of the others all are.
+WHOLE_RUNS = re.compile(r"\.(main|update|rollout|normalise|adamw|schedule|batches|Run\.optimizer_step)$")
+CASES = [
+    pytest.param(name, *mistake, id=f"{name}: {mistake[0]}", marks=[pytest.mark.slow] * (i > 0 and slow))
+    for name, mistakes in MUTANTS.items()
+    for slow in [bool(WHOLE_RUNS.search(name))]
+    for i, mistake in enumerate(mistakes)
+]
+
+
+@pytest.mark.parametrize("name, what, right, wrong", CASES)
 def test_a_planted_mistake_is_found(name, what, right, wrong, fixtures, monkeypatch):
     if right in outdated(name):
         pytest.skip(f"{name} was edited, see test_the_catalogue_fits_the_code")
@@ -110,6 +117,7 @@ def test_a_planted_mistake_is_found(name, what, right, wrong, fixtures, monkeypa
     pytest.fail(f"{name} with {what}: every test still passes")
 
 
+@pytest.mark.slow
 def test_without_a_mistake_every_property_holds(fixtures):
     for test in {test for tests in PROPERTIES.values() for test in tests}:
         for case in cases(test, None, fixtures):

@@ -187,6 +187,7 @@ def run_all(folder, out):
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_steps_of_one(workshop, tmp_path, metrics):
     environment = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONDONTWRITEBYTECODE": "1"}

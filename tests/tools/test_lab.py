@@ -164,6 +164,7 @@ def test_an_experiment_runs_each_arm_and_seed_once(tmp_path, start):
     assert run_toy(tmp_path, start)[1] == 14
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_no_folder_and_says_why(tmp_path, start):
     done, _ = run_toy(tmp_path, start, fail="echo no such thing; false;")
     assert done.returncode == 2
@@ -174,6 +175,7 @@ def test_a_run_that_fails_leaves_no_folder_and_says_why(tmp_path, start):
     assert done.returncode == 0, "the next call goes on"
 
 
+@pytest.mark.slow
 def test_quick_gives_no_verdict_and_is_not_published(tmp_path, start):
     done, _ = run_toy(tmp_path, start, "--quick", "--publish")
     assert done.returncode == 2 and "--publish" in done.stderr

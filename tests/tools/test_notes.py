@@ -429,6 +429,7 @@ def test_prompts_and_completions_must_be_as_many():
 # ------------------------------------------------------------------------------------------------------------- the data
 
 
+@pytest.mark.slow
 def test_the_files_depend_on_nothing_but_the_seed(tmp_path):
     printed = [run_prepare(tmp_path / seed, seed).partition(": ")[2] for seed in ("1", "2")]
     assert printed[0] == printed[1]

@@ -317,6 +317,7 @@ def test_a_run_that_is_killed_goes_on_when_the_command_is_given_again(run, tmp_p
     assert max(starts(tmp_path).values()) > 1
 
 
+@pytest.mark.slow
 def test_killed_itself_and_given_again_it_waits_for_what_is_still_running(run, script, tmp_path):
     pytest.importorskip("fcntl")
     expected = run("--lift 1", "", "--seeds", 2)[3]
@@ -508,6 +509,7 @@ def test_a_metric_that_is_not_there_is_told_with_those_that_are(run):
     assert "--metric scroe: " in err and "has no such number; it has loss, score" in err
 
 
+@pytest.mark.slow
 def test_a_judge_that_is_missing_is_noticed_before_anything_is_trained(tool, policies, tmp_path):
     code, _, err = tool("versus", *policies, "--reward", "nowhere")
     assert code == 2 and "nanopost evaluate failed with exit code 2: no folder nowhere" in err
