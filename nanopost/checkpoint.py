@@ -18,6 +18,7 @@ import weakref
 import zipfile
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from nanopost.config import UserError
 from nanopost.huggingface import is_pretrained, read_config
@@ -232,10 +233,17 @@ def fits(tensors, config: GPTConfig) -> bool:
     return {name: getattr(tensor, "shape", None) for name, tensor in tensors.items()} == shapes
 
 
+class WithoutDrawing(TorchFunctionMode):
+    """No normal numbers are drawn. On "meta" the first ones cost two seconds: PyTorch imports its compiler for them."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return None if function.__name__ == "normal_" else function(*args, **(kwargs or {}))
+
+
 @functools.lru_cache(maxsize=8)  # the kept copies of a run all have the same
 def shapes_of(sizes: tuple) -> dict[str, torch.Size]:
     """The shapes of the tensors of a model with these sizes, the fields of GPTConfig."""
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutDrawing():
         return {name: tensor.shape for name, tensor in GPT(GPTConfig(*sizes)).state_dict().items()}
 
 
