@@ -60,12 +60,12 @@ def preference(first: float, second: float, temperature: float) -> float:
     return 1 / (1 + math.exp(-max(-50.0, min(50.0, (first - second) / temperature))))
 
 
-def label(prompts, answers, temperature, rng, votes=1):
+def label(prompts, answers, temperature, rng, votes=1, rounds=1):
     """Pairs of answers -> records for train_rm.py and train_dpo.py, as most of `votes` annotators prefer; `probability`
-    is that with which a single one makes this choice."""
+    is that with which a single one makes this choice. All pairs are judged `rounds` times."""
     firsts = score(prompts, [first for first, _ in answers])
     seconds = score(prompts, [second for _, second in answers])
-    for prompt, (first, second), gold_first, gold_second in zip(prompts, answers, firsts, seconds):
+    for prompt, (first, second), gold_first, gold_second in [*zip(prompts, answers, firsts, seconds)] * rounds:
         p = preference(gold_first, gold_second, temperature)
         if 2 * sum(rng.random() < p for _ in range(votes)) > votes:
             yield {"prompt": prompt, "chosen": first, "rejected": second, "probability": p}
@@ -104,7 +104,7 @@ def annotate(policy, tokenizer, path, wanted, rounds, votes, seed, rng, config, 
         kept = [(prompt, (first, second)) for prompt, (first, second) in kept if first != second]
     prompts, pairs = zip(*kept)
     try:
-        records = [r for _ in range(rounds) for r in label(prompts, pairs, config.temperature, rng, votes)]
+        records = list(label(prompts, pairs, config.temperature, rng, votes, rounds))
     except ValueError as error:
         raise UserError(f"{path}: the gold reward cannot judge it: {error}") from None
     return records, len(kept), wanted - len(kept)
