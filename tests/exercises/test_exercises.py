@@ -68,6 +68,7 @@ def test_nothing_written_is_refused_in_one_line(as_they_were):
     one_line(error)
 
 
+@pytest.mark.slow
 def test_the_scripts_functions_fill_them_in(tmp_path):
     """The file has all that they need, and they return there what they return in their script."""
     namespace = {}

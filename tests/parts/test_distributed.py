@@ -126,6 +126,7 @@ def test_every_process_takes_the_gpu_of_its_own_number_before_it_touches_any(mon
         distributed.start("cuda:0")
 
 
+@pytest.mark.slow
 def test_three_processes_gather_rows_and_add_up_numbers():
     """The functions *_by_three, below."""
     printed = start(3, "three")

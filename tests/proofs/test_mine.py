@@ -21,7 +21,8 @@ def prove(file, *files):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("script", rest_slow(SCRIPTS + FORKS))
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS + FORKS)
 def test_a_copy_of_a_script_passes(script, tmp_path):
     copy = tmp_path / "mine.py"
     copy.write_text("# a comment\n" + script_path(script).read_text())

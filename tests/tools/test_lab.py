@@ -145,6 +145,7 @@ def run_toy(tmp_path, start, *options, fail=""):
     return done, log.read_text().count("ran") if log.exists() else 0
 
 
+@pytest.mark.slow
 def test_an_experiment_runs_each_arm_and_seed_once(tmp_path, start):
     pytest.importorskip("matplotlib")
     done, runs = run_toy(tmp_path, start)

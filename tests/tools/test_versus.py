@@ -451,6 +451,7 @@ def test_in_the_figure_every_run_is_a_dot_and_every_difference():
     assert grey == comparison["differences"]
 
 
+@pytest.mark.slow
 def test_in_a_process_of_its_own_a_run_is_measured_as_in_this_one(policies, workshop, tmp_path, request):
     def rows(out):
         [trial], options = trials.read_command(policies[0], "a", str(tmp_path / out), 1)
