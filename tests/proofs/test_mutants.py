@@ -91,12 +91,13 @@ def test_the_catalogue_fits_the_code(name):
         )
 
 
-# Functions whose mistakes only whole runs show: without --slow the first of each is tried. Of the others all are.
-WHOLE_RUNS = re.compile(r"\.(main|update|rollout|normalise|adamw|schedule|batches|Run\.optimizer_step)$")
+# Functions whose mistakes take many properties or whole runs to show: without --slow the first of each is tried. Of the
+# others, the losses first of all, all are.
+LONG = re.compile(r"\.(main|update|rollout|normalise|statistics|adamw|schedule|batches|choose|Run\.\w+|Decoding\.\w+)$")
 CASES = [
     pytest.param(name, *mistake, id=f"{name}: {mistake[0]}", marks=[pytest.mark.slow] * (i > 0 and slow))
     for name, mistakes in MUTANTS.items()
-    for slow in [bool(WHOLE_RUNS.search(name))]
+    for slow in [bool(LONG.search(name))]
     for i, mistake in enumerate(mistakes)
 ]
 

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from conftest import ROOT, SCRIPTS, Killed, assert_same_tensors, contents, copies, die_after, one_line
+from conftest import ROOT, SCRIPTS, Killed, assert_same_tensors, contents, copies, die_after, one_line, rest_slow
 from nanopost.checkpoint import Folder, atomic, load_file, load_model
 from nanopost.config import UserError, clean, cli, parse
 from nanopost.config import one_line as on_one_line
@@ -286,7 +286,7 @@ def other(tmp_path):
     process.communicate()
 
 
-@pytest.mark.parametrize("how", [{}, {"overwrite": False}, {"overwrite": False, "resume": True}], ids=str)
+@pytest.mark.parametrize("how", rest_slow([{}, {"overwrite": False}, {"overwrite": False, "resume": True}]), ids=str)
 def test_a_second_run_in_a_folder_is_refused_until_the_first_one_is_dead(how, other, workshop, tmp_path):
     run = {"steps": 1, **how}
     refused(lambda: workshop.run("sft", tmp_path / "out", **run), "another run is writing to", str(tmp_path / "out"))
@@ -309,7 +309,7 @@ def test_a_run_that_was_made_while_this_one_loaded_its_inputs_is_refused_too(wor
     assert contents(tmp_path / "new") == contents(out) == finished
 
 
-@pytest.mark.parametrize("end", ["finished", "failed", "killed"])
+@pytest.mark.parametrize("end", rest_slow(["finished", "failed", "killed"]))
 def test_a_run_that_has_ended_holds_its_folder_no_longer(end, workshop, tmp_path, monkeypatch):
     pytest.importorskip("fcntl")
     if end == "finished":

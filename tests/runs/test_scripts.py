@@ -20,7 +20,7 @@ import train_dpo
 import train_ppo
 import train_rm
 import train_sft
-from conftest import ROOT, SCRIPTS, tensors
+from conftest import ROOT, SCRIPTS, rest_slow, tensors
 from enumerable import gae_by_double_sum
 from nanopost.checkpoint import load_model, save_model
 from nanopost.config import UserError, flag
@@ -932,7 +932,7 @@ def test_a_users_mistake_is_one_line_on_stderr_exit_code_2_and_nothing_written(
     assert not out.exists()
 
 
-@pytest.mark.parametrize("kind", ["invalid JSON", "unknown option"])
+@pytest.mark.parametrize("kind", rest_slow(["invalid JSON", "unknown option"]))
 def test_so_it_is_for_a_process_of_its_own(kind, workshop, tmp_path, lines):
     make, message = MISTAKES[kind]
     script, arguments = make(workshop, lines)

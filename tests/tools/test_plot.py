@@ -283,6 +283,7 @@ def test_there_is_a_picture_for_each_method_and_each_report(runs, tmp_path, comm
 
 
 @needs_matplotlib
+@pytest.mark.slow
 def test_the_same_numbers_are_the_same_bytes(runs, tmp_path):
     for out in ("a", "b"):
         plot.main(plot.Config([str(runs["ppo"]), write_report(tmp_path / "kl.json")], str(tmp_path / out)))
