@@ -237,7 +237,7 @@ class WithoutDrawing(TorchFunctionMode):
     """No normal numbers are drawn. On "meta" the first ones cost two seconds: PyTorch imports its compiler for them."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        return None if function.__name__ == "normal_" else function(*args, **(kwargs or {}))
+        return None if getattr(function, "__name__", "") == "normal_" else function(*args, **(kwargs or {}))
 
 
 @functools.lru_cache(maxsize=8)  # the kept copies of a run all have the same

@@ -531,3 +531,15 @@ def test_in_half_precision_steps_are_skipped_but_not_for_ever(scale, refused):
     scaler = SimpleNamespace(is_enabled=lambda: True, get_scale=lambda: scale)
     with pytest.raises(UserError, match="grad_norm is inf") if refused else contextlib.nullcontext():
         Run.check_finite(SimpleNamespace(scaler=scaler), {"grad_norm": math.inf}, 3)
+
+
+@pytest.mark.slow
+def test_to_load_a_model_no_compiler_is_imported(workshop):
+    """Importing it takes as long as importing PyTorch."""
+    code = f"""
+import sys
+from nanopost.checkpoint import load_model
+load_model({workshop.path("sft")!r})
+sys.exit("sympy" in sys.modules)"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
