@@ -37,7 +37,7 @@ class Config(Options):
     vocab: str = DEFAULT_VOCAB  # with --init scratch: a vocabulary file (tiktoken ranks), or gpt2
     block_size: int = 128  # with --init scratch: context in tokens
     n_layer: int = 2  # with --init scratch: number of layers
-    n_head: int = 2  # with --init scratch: attention heads per layer
+    n_head: int = 4  # with --init scratch: attention heads per layer
     n_embd: int = 128  # with --init scratch: channels
     dropout: float = 0.0  # with --init scratch: dropout probability
     epochs: float = 1.0  # passes over the data

@@ -97,7 +97,7 @@ SIZES = {
         ppo=dict(batch_size=2, max_new_tokens=4, epochs=1, minibatches=1, micro_batch=0),
     ),
     "embedded": Size(
-        GPTConfig(1024, 128, n_layer=2, n_head=2, n_embd=128),
+        GPTConfig(1024, 128, n_layer=2, n_head=4, n_embd=128),
         prompt=18, answer=27, rows=16, pairs=16, micro=16, decode=(64, 256),
         ppo=dict(batch_size=128, max_new_tokens=32, epochs=2, minibatches=2, micro_batch=32),
     ),

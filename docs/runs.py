@@ -77,15 +77,14 @@ done
 
 BETAS = """
 for beta in 0.1 1; do
-    $python train_dpo.py --init $seed0/sft --data $seed0/prefs/train.jsonl --valid "" --beta $beta \\
-        --label-smoothing 0.1 --out $here/dpo-$beta
+    $python train_dpo.py --init $seed0/sft --data $seed0/prefs/train.jsonl --valid "" --beta $beta --out $here/dpo-$beta
 done
 $python -m nanopost evaluate $here/dpo-0.1 $here/dpo-1 --reference $seed0/sft --reward $seed0/rm \\
     --gold data/notes/gold.py:score --json $here/report.json
 """
 
 VALUE_COEF = """
-$python train_ppo.py --init $seed0/sft --reward $seed0/rm --lam 1 --steps 40 --value-coef 0.1 --out $here/ppo
+$python train_ppo.py --init $seed0/sft --reward $seed0/rm --steps 60 --value-coef 0.1 --out $here/ppo
 $python -m nanopost evaluate $here/ppo --reference $seed0/sft --reward $seed0/rm --gold data/notes/gold.py:score \\
     --json $here/report.json
 """
@@ -109,8 +108,8 @@ QUICK = {
     r"--keep-every 5 ": "--keep-every 1 ",
     r"annotate\.py": "annotate.py --pairs 400 --valid-pairs 40",
     r"nanopost (evaluate|sample)": r"nanopost \1 --limit 20",
-    r"--steps (15|40|100)": "",
-    r"4e-3 --epochs 0\.6": "4e-3 --steps 400",  # of pretraining: a model that ends its answers, after a fashion
+    r"--steps (15|60|100)": "",
+    r"4e-3 --epochs 1\.2": "4e-3 --steps 400",  # of pretraining: a model that ends its answers, after a fashion
     r"tests/proofs --ignore \S+": "tests/proofs/test_losses.py",
 }
 

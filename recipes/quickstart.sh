@@ -15,35 +15,33 @@ stage() { # stage NAME SHARE: what begins now, its share of the whole in %, and 
 stage "the data: documents, demonstrations, prompts and the vocabulary" 2
 $python data/notes/prepare.py
 
-stage "pretraining: every token is a target" 13
+stage "pretraining: every token is a target" 20
 $python train_sft.py $common --init scratch --data data/notes/base_train.jsonl --valid data/notes/base_valid.jsonl \
-    --lr 4e-3 --epochs 0.6 --out $out/base
+    --lr 4e-3 --epochs 1.2 --out $out/base
 
-stage "SFT: imitate demonstrations, most of them curt" 19
+stage "SFT: imitate demonstrations, most of them curt" 16
 $python train_sft.py $common --init $out/base --data data/notes/sft_train.jsonl --valid data/notes/sft_valid.jsonl \
     --lr 2e-3 --epochs 1.6 --out $out/sft
 
-stage "preferences: two answers of the SFT model to each prompt, judged by the simulated annotator" 8
+stage "preferences: two answers of the SFT model to each prompt, judged by the simulated annotator" 6
 $python data/notes/annotate.py --seed $seed --policy $out/sft --out $out/prefs
 
-stage "RLHF, first half: a reward model learned from these preferences" 10
+stage "RLHF, first half: a reward model learned from these preferences" 9
 $python train_rm.py $common --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl --out $out/rm
 
-stage "DPO: the preferences without a reward model" 14
-# annotators err: --label-smoothing says how often
+stage "DPO: the preferences without a reward model" 12
 $python train_dpo.py $common --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl \
-    --beta 0.3 --label-smoothing 0.1 --keep-every 50 --out $out/dpo
+    --beta 0.3 --keep-every 50 --out $out/dpo
 
-stage "RLHF, second half: PPO against the reward model" 15
-# answers are short and their reward comes at the end: --lam 1 takes it as it is, without the critic's guesses in between
-$python train_ppo.py $common --init $out/sft --reward $out/rm --lam 1 --steps 40 --keep-every 5 --out $out/ppo
+stage "RLHF, second half: PPO against the reward model" 19
+$python train_ppo.py $common --init $out/sft --reward $out/rm --steps 60 --keep-every 5 --out $out/ppo
 
-stage "the result, on held-out prompts, by the true reward that no training saw" 9
+stage "the result, on held-out prompts, by the true reward that no training saw" 7
 $python -m nanopost evaluate $out/sft $out/dpo $out/ppo --reference $out/sft --reward $out/rm \
     --gold data/notes/gold.py:score --pairs $out/prefs/valid.jsonl --temperature 0,1 --best-of 4 --since $started \
     --json $out/report.json
 
-stage "PPO without a penalty, briefly: how the reward model is hacked" 6
+stage "PPO without a penalty, briefly: how the reward model is hacked" 5
 $python train_ppo.py $common --init $out/sft --reward $out/rm --beta 0 --lr 2e-3 --steps 15 --batch-size 64 \
     --keep-every 3 --out $out/hacked
 
