@@ -77,7 +77,8 @@ done
 
 BETAS = """
 for beta in 0.1 1; do
-    $python train_dpo.py --init $seed0/sft --data $seed0/prefs/train.jsonl --valid "" --beta $beta --out $here/dpo-$beta
+    $python train_dpo.py --init $seed0/sft --data $seed0/prefs/train.jsonl --valid "" --beta $beta \\
+        --label-smoothing 0.1 --out $here/dpo-$beta
 done
 $python -m nanopost evaluate $here/dpo-0.1 $here/dpo-1 --reference $seed0/sft --reward $seed0/rm \\
     --gold data/notes/gold.py:score --json $here/report.json
@@ -109,7 +110,7 @@ QUICK = {
     r"annotate\.py": "annotate.py --pairs 400 --valid-pairs 40",
     r"nanopost (evaluate|sample)": r"nanopost \1 --limit 20",
     r"--steps (15|60|100)": "",
-    r"4e-3 --epochs 1\.2": "4e-3 --steps 400",  # of pretraining: a model that ends its answers, after a fashion
+    r"4e-3 --epochs 1\.0": "4e-3 --steps 400",  # of pretraining: a model that ends its answers, after a fashion
     r"tests/proofs --ignore \S+": "tests/proofs/test_losses.py",
 }
 

@@ -154,13 +154,12 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=1e-5)
         self.head = nn.Linear(config.n_embd, 1) if config.scalar_head else None
+        std = 0.02 * math.sqrt(768 / config.n_embd)  # GPT-2's is for 768 channels; with it a narrow model learns slowly
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif (
-                "ln_" not in name
-            ):  # GPT-2: standard deviation 0.02, less in residual projections: their sum keeps its size
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+            elif "ln_" not in name:  # less in residual projections: their sum keeps its size
+                nn.init.normal_(p, std=std / math.sqrt(2 * config.n_layer) if "c_proj" in name else std)
 
     @classmethod
     def from_pretrained(cls, name: str, new_tokens: int = 0):

@@ -17,7 +17,7 @@ $python data/notes/prepare.py
 
 stage "pretraining: every token is a target" 20
 $python train_sft.py $common --init scratch --data data/notes/base_train.jsonl --valid data/notes/base_valid.jsonl \
-    --lr 4e-3 --epochs 1.2 --out $out/base
+    --lr 4e-3 --epochs 1.0 --out $out/base
 
 stage "SFT: imitate demonstrations, most of them curt" 16
 $python train_sft.py $common --init $out/base --data data/notes/sft_train.jsonl --valid data/notes/sft_valid.jsonl \
@@ -30,8 +30,9 @@ stage "RLHF, first half: a reward model learned from these preferences" 9
 $python train_rm.py $common --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl --out $out/rm
 
 stage "DPO: the preferences without a reward model" 12
+# --label-smoothing: annotators err
 $python train_dpo.py $common --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl \
-    --beta 0.3 --keep-every 50 --out $out/dpo
+    --beta 0.3 --label-smoothing 0.1 --keep-every 50 --out $out/dpo
 
 stage "RLHF, second half: PPO against the reward model" 19
 $python train_ppo.py $common --init $out/sft --reward $out/rm --steps 60 --keep-every 5 --out $out/ppo
