@@ -84,7 +84,7 @@ Python {Python}, torch {torch}; seeds {seeds}. Another machine rounds differentl
 
 LEGEND = """\
 - STAGE.COLUMN: the tables above, seed 0; seedN.STAGE.COLUMN: another seed; STAGE.way: how much of the way from the SFT
-  model's gold reward to the best possible; quickstart.minutes: on one thread, mean over the seeds
+  model's gold reward to the best possible; quickstart.minutes: on one thread, with seed 0
 - STAGE-at-0: the model at temperature 0, that is greedy; sft-best-of-4: the best of 4 of the SFT model's answers by the
   reward model's score; rm.reads_prompt: how often that score is higher under an answer's own prompt than under another
   of its family; contrastN: the same with N% of the pairs made for contrast
