@@ -30,7 +30,7 @@ stage "RLHF, first half: a reward model learned from these preferences" 9
 $python train_rm.py $common --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl --out $out/rm
 
 stage "DPO: the preferences without a reward model" 12
-# --label-smoothing: annotators err
+# annotators err: --label-smoothing keeps DPO from believing every label
 $python train_dpo.py $common --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl \
     --beta 0.3 --label-smoothing 0.1 --keep-every 50 --out $out/dpo
 
