@@ -226,7 +226,7 @@ def main(config: Config):
 
     def sample(model, seed, temperature=1.0, n=1):
         """n answers to each prompt, N after N."""
-        if temperature == 0:  # always the same answer
+        if temperature == 0:  # the same answer every time: decoded once
             return sample_text(model, tokenizer, ids[:P], config.max_new_tokens, temperature=0) * config.samples
         return sample_text(model, tokenizer, ids * n, config.max_new_tokens, temperature=temperature, seed=seed)
 

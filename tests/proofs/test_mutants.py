@@ -1,6 +1,6 @@
 """Plants the mistakes of mutants.py, one at a time. At least one test of this folder must fail for each of them.
 
-    python -m pytest tests/proofs/test_mutants.py -v --slow                    one line per mistake
+    python -m pytest tests/proofs/test_mutants.py -v --slow             one line per mistake
     python -m pytest tests/proofs/test_mutants.py -v -k policy_loss     those of one function
 
 A mistake is planted in the function's own code, so whoever calls it gets the wrong one: the scripts, main() included,
@@ -91,18 +91,20 @@ def test_the_catalogue_fits_the_code(name):
         )
 
 
-# Functions whose mistakes take many properties or whole runs to show: without --slow the first of each is tried. Of the
-# others, the losses first of all, all are.
+# Functions of which a mistake shows only after many properties or in whole runs. Without --slow only the first mistake
+# of each is planted; those of the other functions, the losses among them, are all planted every time.
 LONG = re.compile(r"\.(main|update|rollout|normalise|statistics|adamw|schedule|batches|choose|Run\.\w+|Decoding\.\w+)$")
-CASES = [
-    pytest.param(name, *mistake, id=f"{name}: {mistake[0]}", marks=[pytest.mark.slow] * (i > 0 and slow))
-    for name, mistakes in MUTANTS.items()
-    for slow in [bool(LONG.search(name))]
-    for i, mistake in enumerate(mistakes)
-]
 
 
-@pytest.mark.parametrize("name, what, right, wrong", CASES)
+def plantings():
+    """(function, what is wrong, right code, wrong code) of every mistake."""
+    for name, mistakes in MUTANTS.items():
+        for i, mistake in enumerate(mistakes):
+            marks = [pytest.mark.slow] if i > 0 and LONG.search(name) else []
+            yield pytest.param(name, *mistake, id=f"{name}: {mistake[0]}", marks=marks)
+
+
+@pytest.mark.parametrize("name, what, right, wrong", plantings())
 def test_a_planted_mistake_is_found(name, what, right, wrong, fixtures, monkeypatch):
     if right in outdated(name):
         pytest.skip(f"{name} was edited, see test_the_catalogue_fits_the_code")
