@@ -85,12 +85,13 @@ Python {Python}, torch {torch}; seeds {seeds}. Another machine rounds differentl
 LEGEND = """\
 - STAGE.COLUMN: the tables above, seed 0; seedN.STAGE.COLUMN: another seed; STAGE.way: how much of the way from the SFT
   model's gold reward to the best possible; quickstart.minutes: on one thread, with seed 0
+- ppo-trunk: PPO without `--critic`, values and policy on one trunk, with as many answers
 - STAGE-at-0: the model at temperature 0, that is greedy; sft-best-of-4: the best of 4 of the SFT model's answers by the
   reward model's score; rm.reads_prompt: how often that score is higher under an answer's own prompt than under another
   of its family; contrastN: the same with N% of the pairs made for contrast
 - best4, best16, rest1, rest2: best of n by the sample tool, and one and two rounds of ReST
 - RUN.METRIC.first, last, most: what the runs of seed 0 logged; ppo.first_ratio, ppo.first_approxkl: in the first
-  minibatch of an iteration, the value farthest from 1 and from 0; value-coef: PPO with `--value-coef 0.1`
+  minibatch of an iteration, the value farthest from 1 and from 0
 - kl: log π - log π_ref of PPO's policy on 500 answers, in nats per answer; cold: sampled at temperature 0.7;
   reference: sampled from the reference; negative_answers, negative_tokens: how many are below 0
 - loss: tokens of the held-out demonstrations, targets among them, ends among those; shortest: the answer above

@@ -29,15 +29,18 @@ QUICKSTART = ROOT / "recipes" / "quickstart.sh"
 
 PREPARE = "$python data/notes/prepare.py\n"
 
-# after quickstart, in its folder: PPO without a penalty, and a picture of all kept copies
+# after quickstart, in its folder: PPO without a penalty, a picture of all kept copies, and PPO without a critic
 HACKED = """
-$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --beta 0 --keep-every 5 \\
-    --out $OUT/ppo-beta0
+$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --critic $OUT/rm --beta 0 \\
+    --steps 30 --keep-every 5 --out $OUT/ppo-beta0
 $python -m nanopost evaluate $OUT/sft $OUT/dpo/step-* $OUT/ppo/step-* $OUT/ppo-beta0/step-* --reference $OUT/sft \\
     --reward $OUT/rm --gold data/notes/gold.py:score --limit 200 --samples 1 --show 0 --json $OUT/kl.json
 $python -m nanopost plot $OUT/kl.json --out $OUT/plots || echo "(no pictures)"
 $python -m nanopost evaluate $OUT/ppo-beta0 --reference $OUT/sft --reward $OUT/rm --gold data/notes/gold.py:score \\
     --json $OUT/hacked.json
+$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --steps 30 --out $OUT/ppo-trunk
+$python -m nanopost evaluate $OUT/ppo-trunk --reference $OUT/sft --reward $OUT/rm --gold data/notes/gold.py:score \\
+    --json $OUT/trunk.json
 """
 
 BEST_OF_N = """
@@ -84,12 +87,6 @@ $python -m nanopost evaluate $here/dpo-0.1 $here/dpo-1 --reference $seed0/sft --
     --gold data/notes/gold.py:score --json $here/report.json
 """
 
-VALUE_COEF = """
-$python train_ppo.py --init $seed0/sft --reward $seed0/rm --steps 60 --value-coef 0.1 --out $here/ppo
-$python -m nanopost evaluate $here/ppo --reference $seed0/sft --reward $seed0/rm --gold data/notes/gold.py:score \\
-    --json $here/report.json
-"""
-
 MEASURE = "$python docs/measure.py $seed0 --json $here/measured.json\n"
 
 PROOFS = """
@@ -109,8 +106,8 @@ QUICK = {
     r"--keep-every 5 ": "--keep-every 1 ",
     r"annotate\.py": "annotate.py --pairs 400 --valid-pairs 40",
     r"nanopost (evaluate|sample)": r"nanopost \1 --limit 20",
-    r"--steps (15|60|100)": "",
-    r"4e-3 --epochs 1\.0": "4e-3 --steps 400",  # of pretraining: a model that ends its answers, after a fashion
+    r"--steps (18|30|100)": "",
+    r"4e-3 --epochs 0\.8": "4e-3 --steps 400",  # of pretraining: a model that ends its answers, after a fashion
     r"tests/proofs --ignore \S+": "tests/proofs/test_losses.py",
 }
 
@@ -142,7 +139,6 @@ def all_steps(out: Path, seeds: int, instructions: str, quick: bool) -> list[Ste
     steps.append(Step("sums", SUMS, CODE))
     steps.append(Step("contrast", CONTRAST, CODE))
     steps.append(Step("betas", BETAS, CODE))
-    steps.append(Step("value-coef", VALUE_COEF, CODE))
     steps.append(Step("measured", MEASURE, [*CODE, "docs/measure.py"]))
     steps.append(Step("proofs", PROOFS, [*TESTS, "tests/proofs/*.py"]))
     if importlib.util.find_spec("transformers") and not quick:

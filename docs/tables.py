@@ -119,7 +119,7 @@ def pipeline(page: Page, out: Path, stamps: dict):
     for seed in seeds:
         report, rows = pipeline_rows(out / seed)
         found = {}
-        for stage, row in rows.items():
+        for stage, row in (rows | read_report(out / seed, "trunk.json")[1]).items():
             found |= {f"{number_name(stage)}.{column}": value for column, value in values(row).items()}
         start, best = rows["sft"]["gold"], report["gold_max"]
         for stage in ("sft@0", "sft best of 4", "dpo", "ppo"):
@@ -129,14 +129,14 @@ def pipeline(page: Page, out: Path, stamps: dict):
         found["rm.reads_prompt"] = percent(report["reads_prompt"])
         prefix = "" if seed == "seed0" else f"{seed}."
         number |= {prefix + name: value for name, value in found.items()}
-        stages = ("sft", "sft-at-0", "sft-best-of-4", "dpo", "ppo", "ppo-beta0")
+        stages = ("sft", "sft-at-0", "sft-best-of-4", "dpo", "ppo", "ppo-trunk", "ppo-beta0")
         gold = [found[f"{stage}.gold"] for stage in stages]
         gold = [f"{x} ({found[f'{stage}.way']})" if f"{stage}.way" in found else x for stage, x in zip(stages, gold)]
         kl = [found[f"{stage}.kl"] for stage in ("dpo", "ppo", "ppo-beta0")]
         distinct = [found[f"{stage}.distinct"] for stage in ("sft", "dpo", "ppo")]
         accuracy = f"{found['rm.accuracy']} of {found['rm.ceiling']}"
         lines.append([seed[4:], *gold, " / ".join(kl), " / ".join(distinct), accuracy, found["rm.reads_prompt"]])
-    head = ["seed", "SFT", "SFT, greedy", "best of 4", "DPO", "PPO", "beta 0", "KL DPO / PPO / beta 0"]
+    head = ["seed", "SFT", "SFT, greedy", "best of 4", "DPO", "PPO", "on one trunk", "beta 0", "KL DPO / PPO / beta 0"]
     head += ["distinct SFT / DPO / PPO", "RM's accuracy", "reads the prompt"]
     number["quickstart.minutes"] = fixed(read_report(out / "seed0")[0]["seconds"] / 60, 1)
     _, rows = pipeline_rows(out / "seed0")
@@ -288,10 +288,6 @@ def logs(page: Page, out: Path):
         blocks += [f"{run}:", quotes.write_block(f"logs-{run}", table(*lines))]
     number["ppo.first_ratio"] = f"{max(series(ppo, 'val/first_ratio'), key=lambda ratio: abs(ratio - 1)):.6g}"
     number["ppo.first_approxkl"] = f"{max(series(ppo, 'val/first_approxkl')):.1e}"
-    explained = series(out / "value-coef" / "ppo", "val/explained_variance")
-    number["value-coef.explained_variance"] = fixed(explained[-1], 1)
-    number["value-coef.below_0"] = percent(sum(x < 0 for x in explained) / len(explained))
-    number["value-coef.gold"] = values(read_report(out / "value-coef")[1]["ppo"])["gold"]
     page.section("What the runs logged", "Seed 0; eval/ is held out.", *blocks)
 
 

@@ -12,39 +12,40 @@ stage() { # stage NAME SHARE: what begins now, its share of the whole in %, and 
     share=$((share + $2))
 }
 
-stage "the data: documents, demonstrations, prompts and the vocabulary" 2
+stage "the data: documents, demonstrations, prompts and the vocabulary" 3
 $python data/notes/prepare.py
 
-stage "pretraining: every token is a target" 20
+stage "pretraining: every token is a target" 15
 $python train_sft.py $common --init scratch --data data/notes/base_train.jsonl --valid data/notes/base_valid.jsonl \
-    --lr 4e-3 --epochs 1.0 --out $out/base
+    --lr 4e-3 --epochs 0.8 --out $out/base
 
-stage "SFT: imitate demonstrations, most of them curt" 16
+stage "SFT: imitate demonstrations, most of them curt" 18
 $python train_sft.py $common --init $out/base --data data/notes/sft_train.jsonl --valid data/notes/sft_valid.jsonl \
     --lr 2e-3 --epochs 1.6 --out $out/sft
 
-stage "preferences: two answers of the SFT model to each prompt, judged by the simulated annotator" 6
+stage "preferences: two answers of the SFT model to each prompt, judged by the simulated annotator" 7
 $python data/notes/annotate.py --seed $seed --policy $out/sft --out $out/prefs
 
 stage "RLHF, first half: a reward model learned from these preferences" 9
 $python train_rm.py $common --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl --out $out/rm
 
-stage "DPO: the preferences without a reward model" 12
+stage "DPO: the preferences without a reward model" 14
 # annotators err: --label-smoothing keeps DPO from believing every label
 $python train_dpo.py $common --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl \
     --beta 0.3 --label-smoothing 0.1 --keep-every 50 --out $out/dpo
 
-stage "RLHF, second half: PPO against the reward model" 19
-$python train_ppo.py $common --init $out/sft --reward $out/rm --steps 60 --keep-every 5 --out $out/ppo
+stage "RLHF, second half: PPO against the reward model" 16
+# --critic: on the policy's own trunk, the value loss would disturb what speaks
+$python train_ppo.py $common --init $out/sft --reward $out/rm --critic $out/rm --steps 30 --keep-every 5 --out $out/ppo
 
-stage "the result, on held-out prompts, by the true reward that no training saw" 7
+stage "the result, on held-out prompts, by the true reward that no training saw" 8
 $python -m nanopost evaluate $out/sft $out/dpo $out/ppo --reference $out/sft --reward $out/rm \
     --gold data/notes/gold.py:score --pairs $out/prefs/valid.jsonl --temperature 0,1 --best-of 4 --since $started \
     --json $out/report.json
 
-stage "PPO without a penalty, briefly: how the reward model is hacked" 5
-$python train_ppo.py $common --init $out/sft --reward $out/rm --beta 0 --lr 2e-3 --steps 15 --batch-size 64 \
-    --keep-every 3 --out $out/hacked
+stage "PPO without a penalty, briefly: how the reward model is hacked" 6
+$python train_ppo.py $common --init $out/sft --reward $out/rm --critic $out/rm --beta 0 --lr 2e-3 --steps 18 \
+    --batch-size 64 --keep-every 3 --out $out/hacked
 
 stage "a page that shows every token of the answers: open it in a browser" 4
 $python -m nanopost inspect $out/sft $out/dpo $out/ppo $out/hacked $out/base --reference $out/sft --reward $out/rm \

@@ -192,7 +192,7 @@ def answer(rng, family: str, slots: dict, writers: str = "sft") -> str:
 
 def document(rng) -> str:
     """A text for pretraining: people asking and writing, letters, stories, facts and (true) sums."""
-    (form,) = rng.choices(("exchange", "letter", "story", "facts", "sums"), (65, 5, 7, 8, 15))
+    (form,) = rng.choices(("exchange", "letter", "story", "facts", "sums"), (50, 5, 8, 12, 25))
     if form in ("exchange", "letter"):
         family = rng.choice(list(REQUESTS) if form == "exchange" else LETTERS)
         template, slots = draw(rng, family)
