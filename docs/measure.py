@@ -8,6 +8,7 @@ It also counts the defects of the demonstrations in data/notes.
 import json
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +18,9 @@ sys.path[:0] = [ROOT, os.path.join(ROOT, "data", "notes")]
 import gold  # noqa: E402
 from nanopost.checkpoint import atomic, freeze, load_model  # noqa: E402
 from nanopost.config import cli  # noqa: E402
-from nanopost.data import Batch, collate, load_examples, load_prompts  # noqa: E402
+from nanopost.data import Batch, collate, load_examples, load_pairs, load_prompts  # noqa: E402
 from nanopost.records import read_records  # noqa: E402
+from nanopost.reward import score_examples  # noqa: E402
 from nanopost.sampling import generate, sample_text  # noqa: E402
 from train_ppo import token_rewards  # noqa: E402
 
@@ -120,6 +122,40 @@ def demonstrations() -> dict:
     }
 
 
+def slips(model, tokenizer, prompts, ids) -> float:
+    """The share of answers at temperature 1 with a clause that no template makes: a slip of the pen."""
+    answers = sample_text(model, tokenizer, ids, NEW_TOKENS, seed=0)
+    return sum("unknown" in gold.explain(prompt, a.text) for prompt, a in zip(prompts, answers, strict=True)) / len(ids)
+
+
+def gap(reward_model, tokenizer, path: str) -> dict:
+    """Why the reward model stays below the best possible accuracy, in points (0.01) of it: {part of gold: points}.
+
+    A pair in the wrong order costs what its better answer is preferred more often than its worse one. That goes to the
+    parts of the gold reward in which the better answer is better, in proportion.
+    """
+    records = [record for _, record in read_records(path)]
+    pairs = load_pairs(path, tokenizer, reward_model.config.block_size)
+    unique = {(r["prompt"], *sorted((r["chosen"], r["rejected"]))): (r, p) for r, p in zip(records, pairs, strict=True)}
+    records, pairs = zip(*unique.values())  # each pair was judged many times
+    chosen, rejected = (
+        score_examples(reward_model, [getattr(p, side) for p in pairs]) for side in ("chosen", "rejected")
+    )
+    points = Counter()
+    for record, agrees in zip(records, (chosen > rejected).tolist(), strict=True):
+        p = record["probability"]
+        if agrees == (p > 0.5) or p == 0.5:
+            continue
+        better, worse = (gold.explain(record["prompt"], record[side]) for side in ("chosen", "rejected"))
+        if p < 0.5:
+            better, worse = worse, better
+        ahead = {part: better.get(part, 0) - worse.get(part, 0) for part in {**better, **worse}}
+        ahead = {part: x for part, x in ahead.items() if x > 0}
+        for part, x in ahead.items():
+            points[part] += 100 * abs(2 * p - 1) / len(pairs) * x / sum(ahead.values())
+    return {"pairs": len(pairs), "total": sum(points.values()), "parts": dict(points.most_common())}
+
+
 @torch.no_grad()
 def main(config: Config):
     models = {}
@@ -127,7 +163,7 @@ def main(config: Config):
         model, tokenizer = load_model(os.path.join(config.folder, stage))
         models[stage] = freeze(model)
     reward_model, _ = load_model(os.path.join(config.folder, "rm"), reward=True)
-    _, ids = load_prompts(PROMPTS, tokenizer, model.config.block_size - NEW_TOKENS)
+    prompts, ids = load_prompts(PROMPTS, tokenizer, model.config.block_size - NEW_TOKENS)
 
     def sample(model, temperature=1.0) -> Batch:
         generator = torch.Generator().manual_seed(0)
@@ -135,6 +171,8 @@ def main(config: Config):
         return generate(model, ids, NEW_TOKENS, tokenizer.end, **options)
 
     policy, reference = models["ppo"], models["sft"]
+    spoken = {stage: models[stage] for stage in ("sft", "dpo", "ppo")}
+    spoken["ppo-trunk"] = freeze(load_model(os.path.join(config.folder, "ppo-trunk"))[0])
     measured = {
         "loss": loss_tokens(tokenizer),
         "kl": kl_estimates(policy, reference, sample),
@@ -142,6 +180,8 @@ def main(config: Config):
         "answers": answer_examples(models, tokenizer, 1.0),
         "greedy_answers": answer_examples(models, tokenizer, 0.0),
         "notes": demonstrations(),
+        "slips": {stage: slips(model, tokenizer, prompts, ids) for stage, model in spoken.items()},
+        "gap": gap(reward_model, tokenizer, os.path.join(config.folder, "prefs", "valid.jsonl")),
     }
     with atomic(config.json) as f:
         json.dump(measured, f, indent=1)

@@ -304,6 +304,17 @@ def closer_look(page: Page, measured: dict):
     number |= {f"shortest.{name}": fixed(shortest[name], 3) for name in ("score", "kl", "total")}
     for name, x in measured["notes"].items():
         number[f"notes.{name}"] = fixed(x) if name in ("gold", "deviation") else percent(x)
+    number |= {f"slips.{stage}": percent(share) for stage, share in measured["slips"].items()}
+    gap = measured["gap"]
+    number |= {f"gap.{part.replace(' ', '-')}": fixed(points, 1) for part, points in [*gap["parts"].items()][:8]}
+    number["gap.total"] = fixed(gap["total"], 1)
+    page.section(
+        "What the reward model does not see",
+        f"Seed 0, {gap['pairs']:,} held-out pairs. A pair in the wrong order costs accuracy; what it costs goes to the\n"
+        "parts of the gold reward in which the better answer is better. unknown: a slip of the pen, a clause that no\n"
+        f"template makes. {number['gap.total']} points of accuracy in all; the parts with the most:",
+        quotes.write_block("gap", table(["part", "points"], *([p, fixed(x)] for p, x in [*gap["parts"].items()][:8]))),
+    )
     tokens = "   ".join(f"{reward:+.3f} {token!r}" for reward, token in shortest["tokens"])
     page.section(
         "Token rewards",
