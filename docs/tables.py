@@ -310,9 +310,9 @@ def closer_look(page: Page, measured: dict):
     number["gap.total"] = fixed(gap["total"], 1)
     page.section(
         "What the reward model does not see",
-        f"Seed 0, {gap['pairs']:,} held-out pairs. A pair in the wrong order costs accuracy; what it costs goes to the\n"
-        "parts of the gold reward in which the better answer is better. unknown: a slip of the pen, a clause that no\n"
-        f"template makes. {number['gap.total']} points of accuracy in all; the parts with the most:",
+        f"Seed 0, {gap['pairs']:,} held-out pairs. A pair in the wrong order costs accuracy; what it costs goes to\n"
+        "the parts of the gold reward in which the better answer is better. unknown: a slip of the pen, a clause that\n"
+        f"no template makes. {number['gap.total']} points of accuracy in all; the parts with the most:",
         quotes.write_block("gap", table(["part", "points"], *([p, fixed(x)] for p, x in [*gap["parts"].items()][:8]))),
     )
     tokens = "   ".join(f"{reward:+.3f} {token!r}" for reward, token in shortest["tokens"])
