@@ -8,13 +8,15 @@ Every measurement is a process of its own, so its peak memory is its own. Only r
 token ids are random: the arithmetic does not depend on them. The floor is the time for the multiply-adds on real tokens
 at the machine's best measured rate of matrix multiplication, plus the time for the optimizer's reading and writing at
 its best measured rate of copying; "of floor" is that time divided by the measured one. With --against trl every
-measurement alternates with one of TRL (benchmarks/trl_side.py), and the ratio is that of the two neighbours.
+measurement alternates with one of TRL (benchmarks/trl_side.py), and the ratio is that of the two neighbours. Beside sft
+a profile says what its operations cost: what is left to gain.
 """
 
 import copy
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -64,7 +66,7 @@ class Config:
             raise UserError(f"--against must be trl, trl-random or nothing, not {self.against}")
         known = ["sft", "rm", "dpo", *decodings(SIZES[self.size]), "ppo", "ppo-critic"]
         for name in self.names():
-            if name not in (*known, "machine"):
+            if name not in (*known, "machine", "profile"):
                 raise UserError(f"--only: there is no {name}; there are decode, {', '.join(known)}")
 
     def names(self) -> list[str]:
@@ -402,6 +404,29 @@ def measure_ppo(what: str, size: Size, config: Config) -> dict:
     return result(run.device, count * tokens, count, phases, before, 1, warm_s)
 
 
+KINDS = {  # of PyTorch's operations, by their names; the first that fits counts
+    "matrix products": r"mm$|linear|convolution|mkldnn",
+    "attention": r"attention",
+    "GELU": r"gelu",
+    "log-softmax": r"softmax|nll_loss",
+    "LayerNorm": r"layer_norm",
+    "Adam": r"adam|norm|foreach",
+    "copies and sums": r"copy_|cat|add|sum|index|embedding|fill|mul|where|gather",
+}
+
+
+def measure_profile(size: Size, config: Config) -> dict:
+    """Where the time of PyTorch's operations goes in SFT's steps on a CPU: {kind of operation: share}."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        measure_training("sft", size, config)
+    microseconds = dict.fromkeys([*KINDS, "the rest"], 0.0)
+    for event in profiler.key_averages():
+        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)), "the rest")
+        microseconds[kind] += event.self_cpu_time_total
+    total = sum(microseconds.values())
+    return {kind: x / total for kind, x in microseconds.items()}
+
+
 class Phases(dict):
     """Seconds spent in each phase."""
 
@@ -451,6 +476,8 @@ def measure(what: str, size: Size, config: Config) -> dict:
     torch.set_num_threads(config.threads)
     if what == "machine":
         return measure_machine(size, new_run(train_sft, config))
+    if what == "profile":
+        return measure_profile(size, config)
     function = {"decode": measure_decode, "ppo": measure_ppo}.get(what.split("-")[0], measure_training)
     return function(what, size, config)
 
@@ -542,6 +569,8 @@ def print_table(figures: dict):
         for name, side in sides.items():
             if name != "ratio":
                 print_side(row, what, name, side, show(sides["ratio"], 2) if name == "trl" else "")
+    if profile := figures.get("profile"):
+        print("an sft step, operation by operation: " + ", ".join(f"{kind} {x:.0%}" for kind, x in profile.items()))
 
 
 def print_side(row, what: str, name: str, side: dict, ratio: str):
@@ -584,6 +613,8 @@ def main(config: Config):
     }
     figures = {"conditions": conditions, "machine": machine, "rows": {}}
 
+    if "sft" in names and machine["device"] == "cpu":
+        figures["profile"] = child([*ours, "profile"], config.threads)
     for name in names:
         pairs = []
         for _ in range(config.repeat):

@@ -408,6 +408,10 @@ def speed(page: Page, paths: list[str]):
             lines.append([*line, "", "", ""][:7])
         head = ["", "nanopost", "of the floor", "peak MB", "TRL", "its peak MB", "ratio"]
         paragraphs += [", ".join(figures["conditions"].values()) + ":", table(head, *lines)]
+        if profile := figures.get("profile"):
+            shares = ", ".join(f"{kind} {percent(share)}" for kind, share in profile.items())
+            rate = f"{figures['machine']['flops'] / 1e9:.0f} GFLOP/s"
+            paragraphs.append(f"The best rate of matrix products here is {rate}. An SFT step, by operations: {shares}.")
     page.section("Speed", "Real tokens per second, medians (`make bench`).", *paragraphs)
 
 

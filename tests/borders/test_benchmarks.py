@@ -1,6 +1,7 @@
 """The benchmark: its formulas against counts by hand, tokens without padding, a table with every row. No times."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -85,6 +86,16 @@ def test_table_and_json_have_every_row(here, capsys, tmp_path):
         phases = set(figures["rows"][name]["nanopost"]["phases_ms"])
         assert phases == {"generation", "reference", "reward", "advantages", "update"}
     assert set(figures["rows"]["dpo"]["nanopost"]["phases_ms"]) == {"reference", "update"}
+
+
+def test_beside_sft_a_profile_says_what_its_operations_cost(here, capsys, tmp_path):
+    bench.main(bench.Config(size="tiny", only="sft", repeat=1, steps=2, json=str(tmp_path / "x.json"), device="cpu"))
+    profile = json.loads((tmp_path / "x.json").read_text())["profile"]
+    assert list(profile) == [*bench.KINDS, "the rest"]
+    assert min(profile.values()) > 0 and math.isclose(sum(profile.values()), 1)  # every pattern found something
+    assert f"matrix products {profile['matrix products']:.0%}, attention" in capsys.readouterr().out
+    bench.main(bench.Config(size="tiny", only="rm", repeat=1, steps=2, device="cpu"))
+    assert "matrix products" not in capsys.readouterr().out
 
 
 def test_the_table_says_which_vector_instructions_were_used(here, capsys):

@@ -1,10 +1,12 @@
 """`make results`: what has run is kept until something changes, and its outcome becomes tables and named numbers."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from docs import quotes, results, runs, tables
+from docs import measure, quotes, results, runs, tables
 from nanopost.config import UserError
 
 SOURCE = '''"""Adds."""
@@ -136,6 +138,33 @@ def test_errors_of_the_tests_get_the_names_that_documents_ask_for(tmp_path):
             " 1e-16 <= 1e-12  proofs/test_a.py::test_b\n 1e-16 <= 1e-12  proofs/test_b.py::test_bb\n"
         )
         tables.measured_errors(page, tmp_path / "measured.txt", "proof", text)
+
+
+def test_the_gap_below_the_best_accuracy_goes_to_the_parts_that_were_not_seen(lines, tokenizer, monkeypatch):
+    greeted, closed = "Hi Ben, thank you so much for the lamp.", "Thank you so much for the lamp. Best wishes."
+    slipped = "Thank you so much for the lamp. Lamp the."  # a clause that no template makes: -1.5, and -0.1 a word
+    first = {
+        "prompt": "Write a note to thank Ben for the lamp.",
+        "chosen": closed,
+        "rejected": greeted,
+        "probability": 0.6,
+    }
+    again = first | {"chosen": greeted, "rejected": closed, "probability": 0.4}  # the same pair, judged once more
+    second = first | {"chosen": slipped, "rejected": greeted, "probability": 0.1}
+    rewards = {text: i for i, text in enumerate((closed, greeted, slipped))}  # both pairs the wrong way round
+
+    def score_examples(model, examples):
+        texts = [tokenizer.decode(example.response).removesuffix("<|end|>") for example in examples]
+        return torch.tensor([float(rewards[text]) for text in texts])
+
+    monkeypatch.setattr(measure, "score_examples", score_examples)
+    model = SimpleNamespace(config=SimpleNamespace(block_size=512))
+    gap = measure.gap(model, tokenizer, lines([first, again, second]))
+    # 0.6 - 0.4 of the first pair's judgements for the closing; 0.9 - 0.1 of the second's for no slip and a greeting
+    assert gap["pairs"] == 2 and gap["total"] == pytest.approx(100 * (0.2 + 0.8) / 2)
+    assert gap["parts"] == pytest.approx({"unknown": 40 * 1.7 / 2.7, "greeting": 40 * 1 / 2.7, "closing": 10})
+    rewards |= {greeted: -1}
+    assert measure.gap(model, tokenizer, lines([first, again]))["total"] == 0
 
 
 def test_what_was_not_measured_stays_as_it_was(capsys):
