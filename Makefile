@@ -13,7 +13,7 @@ quickstart: .venv/installed
 	PYTHON=$(VENV) recipes/quickstart.sh
 
 test: .venv/installed
-	$(VENV) -m pytest -n auto $(TEST)
+	$(VENV) -m pytest -n auto --dist worksteal $(TEST)
 
 lint: .venv/installed
 	$(VENV) -m ruff check
