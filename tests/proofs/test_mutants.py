@@ -104,7 +104,7 @@ def plantings():
             yield pytest.param(name, *mistake, id=f"{name}: {mistake[0]}", marks=marks)
 
 
-@pytest.mark.parametrize("name, what, right, wrong", plantings())
+@pytest.mark.parametrize("name, what, right, wrong", list(plantings()))
 def test_a_planted_mistake_is_found(name, what, right, wrong, fixtures, monkeypatch):
     if right in outdated(name):
         pytest.skip(f"{name} was edited, see test_the_catalogue_fits_the_code")
