@@ -167,6 +167,25 @@ def test_the_gap_below_the_best_accuracy_goes_to_the_parts_that_were_not_seen(li
     assert measure.gap(model, tokenizer, lines([first, again]))["total"] == 0
 
 
+def test_a_slip_is_an_answer_with_a_clause_that_no_template_makes(monkeypatch):
+    texts = ["Hi Ben, many thanks for the lamp.", "Many thanks for the cup.", "Leave me alone.", "Best lamp. Best wishes."]
+    monkeypatch.setattr(measure, "sample_text", lambda *_, **options: [SimpleNamespace(text=text) for text in texts])
+    prompts = ["Write a note to thank Ben for the lamp."] * 4
+    assert measure.slips(None, None, prompts, [[0]] * 4) == 0.25
+
+
+def test_the_speeds_come_with_the_profile_where_there_is_one(tmp_path):
+    side = {name: {"median": value} for name, value in (("tokens_per_s", 2000), ("of_floor", 0.5), ("memory_mb", 300))}
+    figures = {"conditions": {"cpu": "x"}, "machine": {"flops": 87e9}, "rows": {"sft": {"nanopost": side}}}
+    page, path = tables.Page(), tmp_path / "speed.json"
+    path.write_text(json.dumps(figures | {"profile": {"matrix products": 0.57, "the rest": 0.43}}))
+    tables.speed(page, [str(path)])
+    assert "is 87 GFLOP/s. An SFT step, by operations: matrix products 57%, the rest 43%." in page.sections["Speed"]
+    path.write_text(json.dumps(figures))
+    tables.speed(page, [str(path)])
+    assert "2,000" in page.sections["Speed"] and "operations" not in page.sections["Speed"]
+
+
 def test_what_was_not_measured_stays_as_it_was(capsys):
     sections = ["# Results", "## The pipeline\n\nOld.", "## Real instructions\n\nBefore.\n\n| a |", "## Speed\n\nFast."]
     earlier = "\n\n".join([*sections, quotes.write_list("legend", {"ppo.gold": "1.00", "instructions.kl": "2.7"})])
