@@ -168,7 +168,12 @@ def test_the_gap_below_the_best_accuracy_goes_to_the_parts_that_were_not_seen(li
 
 
 def test_a_slip_is_an_answer_with_a_clause_that_no_template_makes(monkeypatch):
-    texts = ["Hi Ben, many thanks for the lamp.", "Many thanks for the cup.", "Leave me alone.", "Best lamp. Best wishes."]
+    texts = [
+        "Hi Ben, many thanks for the lamp.",
+        "Many thanks for the cup.",
+        "Leave me alone.",
+        "Best lamp. Best wishes.",
+    ]
     monkeypatch.setattr(measure, "sample_text", lambda *_, **options: [SimpleNamespace(text=text) for text in texts])
     prompts = ["Write a note to thank Ben for the lamp."] * 4
     assert measure.slips(None, None, prompts, [[0]] * 4) == 0.25
