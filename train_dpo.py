@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from nanopost.checkpoint import load_model
 from nanopost.config import UserError, at_least, between, cli
-from nanopost.data import batches, collate, load_pairs, map_batches, micro_batches
+from nanopost.data import batches, load_pairs, map_pairs, micro_batches
 from nanopost.device import to_device
 from nanopost.run import Options, Run, adamw, schedule
 from nanopost.sampling import show_answers
@@ -37,7 +37,7 @@ class Config(Options):
     epochs: float = 1.0  # passes over the pairs; more than one over-fits
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
     batch_size: int = 32  # pairs per step
-    micro_batch: int = 16  # pairs per forward pass (fastest if they fit a CPU's cache); 0: the whole batch
+    micro_batch: int = 16  # pairs per backward pass (fastest if they fit a CPU's cache); 0: the whole batch
     lr: float = 3e-4  # peak learning rate; 5e-6 suits GPT-2 124M
     warmup: float = 0.1  # share of the steps in which the learning rate rises; then it falls linearly to 0
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
@@ -68,21 +68,26 @@ def dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1,
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def pair_logprobs(model, batch):
-    """log pi(y|x) of both sides, summed over the answer's tokens: a Batch of B pairs -> chosen (B,), rejected (B,)."""
-    logprobs = model.logprobs(model(batch.ids), batch.ids, batch.index)  # (2B, T-1), 0 outside the answers
-    return logprobs.sum(1).chunk(2)  # (2B,) -> (B,), (B,)
+def answer_logprobs(model, batch):
+    """log pi(y|x), summed over the answer's tokens: a Batch of B answers -> (B,)."""
+    logprobs = model.logprobs(model(batch.ids), batch.ids, batch.index)  # (B, T-1), 0 outside the answers
+    return logprobs.sum(1)
+
+
+def pair_logprobs(model, pairs, device, batch_size=0):
+    """log pi(y|x) of both sides of B pairs: chosen (B,), rejected (B,)."""
+    return map_pairs(lambda batch: answer_logprobs(model, batch), pairs, device, batch_size)
 
 
 @torch.no_grad()
-def reference_logprobs(model, pairs, device, batch_size=32):
+def reference_logprobs(model, pairs, device, batch_size=64):
     """pair_logprobs of all P pairs under the reference model, computed once: (P, 2), on the CPU."""
-    return map_batches(lambda batch: torch.stack(pair_logprobs(model, batch), dim=1), pairs, batch_size, device)
+    return torch.stack(pair_logprobs(model, pairs, device, batch_size), dim=1).cpu()
 
 
-def batch_loss(policy, pairs, ref_logprobs, config, device):
+def batch_loss(policy, pairs, ref_logprobs, config, device, batch_size=0):
     """Losses (B,) of B pairs and the statistics to log, (B,) each. ref_logprobs (B, 2): from reference_logprobs."""
-    chosen, rejected = pair_logprobs(policy, collate(pairs, device))
+    chosen, rejected = pair_logprobs(policy, pairs, device, batch_size)
     ref_chosen, ref_rejected = to_device(ref_logprobs, device).unbind(1)
     losses, chosen_rewards, rejected_rewards = dpo_loss(
         chosen, rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing
@@ -110,13 +115,10 @@ def update(run, policy, optimizer, pairs, ref_logprobs, config):
 
 
 @torch.no_grad()
-def evaluate(policy, pairs, ref_logprobs, config, device, batch_size=32):
+def evaluate(policy, pairs, ref_logprobs, config, device, batch_size=64):
     """The means over all held-out pairs of what batch_loss reports."""
-    parts = []
-    for rows in micro_batches(list(range(len(pairs))), batch_size):
-        _, stats = batch_loss(policy, [pairs[i] for i in rows], ref_logprobs[rows], config, device)
-        parts.append(stats)
-    return {name: torch.cat([part[name] for part in parts]).mean() for name in parts[0]}
+    _, stats = batch_loss(policy, pairs, ref_logprobs, config, device, batch_size)
+    return {name: values.mean() for name, values in stats.items()}
 
 
 def main(config: Config):
@@ -128,7 +130,6 @@ def main(config: Config):
     pairs = load_pairs(config.data, tokenizer, block_size)
     valid = load_pairs(config.valid, tokenizer, block_size, config.eval_pairs)
     prompts = [pair.chosen.prompt for pair in valid[:2]]
-    valid.sort(key=len)
     total = config.steps or round(config.epochs * math.ceil(len(pairs) / config.batch_size))
     warmup = round(config.warmup * total)
 

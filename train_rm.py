@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from nanopost.checkpoint import load_model
 from nanopost.config import UserError, at_least, between, cli
-from nanopost.data import batches, collate, load_pairs, map_batches, micro_batches
+from nanopost.data import batches, load_pairs, map_pairs, micro_batches
 from nanopost.model import upcast
 from nanopost.reward import score_examples
 from nanopost.run import Options, Run, adamw, schedule
@@ -37,7 +37,7 @@ class Config(Options):
     epochs: float = 1.0  # passes over the pairs; more than one over-fits
     steps: int = 0  # optimizer steps; 0: as many as the epochs need
     batch_size: int = 16  # pairs per step
-    micro_batch: int = 16  # pairs per forward pass (fastest if they fit a CPU's cache); 0: the whole batch
+    micro_batch: int = 16  # pairs per backward pass (fastest if they fit a CPU's cache); 0: the whole batch
     lr: float = 1e-3  # peak learning rate; 2e-5 suits GPT-2 124M
     warmup: float = 0.05  # share of the steps in which the learning rate rises; then it falls linearly to 0
     weight_decay: float = 0.0  # weight decay, on matrices only
@@ -59,9 +59,9 @@ def pairwise_loss(chosen, rejected):
     return -F.logsigmoid(upcast(chosen) - upcast(rejected)).mean()
 
 
-def score_pairs(model, batch):
-    """The rewards of both sides in one forward pass: a Batch of B pairs -> chosen (B,), rejected (B,)."""
-    return model.score(batch.ids, batch.lengths).chunk(2)  # (2B,) -> (B,), (B,)
+def score_pairs(model, pairs, device, batch_size=0):
+    """The rewards of both sides of B pairs: chosen (B,), rejected (B,)."""
+    return map_pairs(lambda batch: model.score(batch.ids, batch.lengths), pairs, device, batch_size)
 
 
 def update(run, model, optimizer, pairs, config):
@@ -70,7 +70,7 @@ def update(run, model, optimizer, pairs, config):
     for part in micro_batches(run.shard(pairs), config.micro_batch):
         share = len(part) / len(pairs)  # the mean is over the pairs of the whole step
         with run.autocast():
-            chosen, rejected = score_pairs(model, collate(part, run.device))
+            chosen, rejected = score_pairs(model, part, run.device)
             loss = pairwise_loss(chosen, rejected) * share
         run.backward(loss)
         stats["loss"] += loss.detach()
@@ -80,10 +80,9 @@ def update(run, model, optimizer, pairs, config):
 
 
 @torch.no_grad()
-def evaluate(model, pairs, device, batch_size=32):
+def evaluate(model, pairs, device, batch_size=64):
     """Held-out loss, accuracy (chosen scores higher) and margin (mean difference) over all pairs."""
-    scores = map_batches(lambda batch: torch.stack(score_pairs(model, batch), dim=1), pairs, batch_size, device)
-    chosen, rejected = scores.unbind(1)  # (P, 2) -> (P,), (P,)
+    chosen, rejected = score_pairs(model, pairs, device, batch_size)  # (P,), (P,)
     return {
         "loss": pairwise_loss(chosen, rejected),
         "accuracy": (chosen > rejected).float().mean(),

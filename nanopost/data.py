@@ -24,7 +24,7 @@ from nanopost.config import UserError
 from nanopost.device import to_device
 from nanopost.records import Drop, conversation, convert, read_records, require, with_prompt
 
-PAD_TO = 8  # rows are padded to a multiple of this, and block_size is one: few shapes, little padding
+PAD_TO = 4  # rows are padded to a multiple of this, and block_size is one: few shapes, little padding
 
 
 @dataclass
@@ -132,11 +132,9 @@ def round_up(length: int) -> int:
     return math.ceil(length / PAD_TO) * PAD_TO
 
 
-def collate(rows: list[Example] | list[Pair], device="cpu", pad_id: int = 0) -> Batch:
-    """Pads B examples on the right to (B, T); P pairs become 2P rows, all chosen sides before all rejected ones. What
-    the padding holds does not matter: no real token attends to it and no target is in it."""
-    if isinstance(rows[0], Pair):
-        rows = [pair.chosen for pair in rows] + [pair.rejected for pair in rows]
+def collate(rows: list[Example], device="cpu", pad_id: int = 0) -> Batch:
+    """Pads B examples on the right to (B, T). What the padding holds does not matter: no real token attends to it and
+    no target is in it."""
     lengths = np.array([len(row) for row in rows])
     T = round_up(int(lengths.max()))
     ids = np.full((len(rows), T), pad_id, dtype=np.int64)
@@ -149,7 +147,7 @@ def collate(rows: list[Example] | list[Pair], device="cpu", pad_id: int = 0) -> 
     return Batch(*(to_device(torch.from_numpy(x), device) for x in (ids, mask, lengths, index)))
 
 
-def batches(rows: list, batch_size: int, seed: int = 0, window: int = 16):
+def batches(rows: list, batch_size: int, seed: int = 0, window: int = 32):
     """Yields lists of row numbers forever: every row once per epoch, rows of similar length together.
 
     Rows are shuffled, sorted by length within windows of `window` batches, cut into batches (the last one may be
@@ -181,21 +179,31 @@ def length_order(rows: list) -> list[int]:
     return sorted(range(len(rows)), key=lambda i: len(rows[i]))
 
 
-def in_length_order(rows: list[Example] | list[Pair], size: int, device):
+def in_length_order(rows: list[Example], size: int, device):
     """Yields (positions, Batch) of at most `size` rows each, rows of similar length together: little padding."""
     for positions in micro_batches(length_order(rows), size):
         yield positions, collate([rows[i] for i in positions], device)
 
 
-def map_batches(function, rows: list[Example] | list[Pair], size: int, device) -> torch.Tensor:
-    """function(batch) -> (B, ...) of all rows, in length order and put back: (N, ...), on the CPU."""
-    results = None
+def map_batches(function, rows: list[Example], size: int, device) -> torch.Tensor:
+    """function(batch) -> (B, ...) of all rows, in length order and put back: (N, ...)."""
+    parts, order = [], []
     for positions, batch in in_length_order(rows, size, device):
-        part = function(batch).cpu()
-        if results is None:
-            results = part.new_zeros(len(rows), *part.shape[1:])
-        results[positions] = part
-    return torch.zeros(0) if results is None else results
+        parts.append(function(batch))
+        order += positions
+    if not parts:
+        return torch.zeros(0)
+    back = torch.tensor(order).argsort()
+    return torch.cat(parts)[to_device(back, parts[0].device)]
+
+
+def map_pairs(function, pairs: list[Pair], device, size: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """function(batch) -> (B, ...) of both sides of P pairs: chosen (P, ...), rejected (P, ...).
+
+    At most `size` sides go through it together (0: half of them, the shorter ones, then the longer ones). The two sides
+    of a pair differ in length, and would waste a quarter of a batch on padding."""
+    sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    return map_batches(function, sides, size or len(pairs), device).chunk(2)
 
 
 # ------------------------------------------------------------------------------------------------- from files

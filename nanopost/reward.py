@@ -52,7 +52,7 @@ def load_reward_model(folder: str, tokenizer, owner: str, block_size: int, devic
 @torch.no_grad()
 def score_examples(model: GPT, examples: list[Example], batch_size: int = 64) -> torch.Tensor:
     """The reward model's scores (N,), on the CPU."""
-    return map_batches(lambda batch: model.score(batch.ids, batch.lengths), examples, batch_size, model.device)
+    return map_batches(lambda batch: model.score(batch.ids, batch.lengths), examples, batch_size, model.device).cpu()
 
 
 def load_function(spec: str):

@@ -5,6 +5,7 @@ Run offers these as services. The loop itself stands in the script, every action
 
 import dataclasses
 import importlib.util
+import inspect
 import math
 import os
 import time
@@ -67,12 +68,23 @@ class Options:
                 raise UserError(f"--out {self.out} would overwrite --{name} {folder}; give another --out")
 
 
+class AdamW(torch.optim.AdamW):
+    """PyTorch's, without the wrappers around its methods: to say that these are not to be compiled, they import the
+    whole compiler, which takes two seconds at the start of every run."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
 def adamw(parameters, lr: float, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
     """AdamW, fused; weight decay on matrices only, not on biases and LayerNorm gains."""
     parameters = [p for p in parameters if p.requires_grad]
     matrices = {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay}
     vectors = {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}
-    return torch.optim.AdamW([matrices, vectors], lr=lr, betas=betas, eps=eps, fused=True)
+    return AdamW([matrices, vectors], lr=lr, betas=betas, eps=eps, fused=True)
 
 
 def schedule(step: int, total: int, warmup: int = 0) -> float:

@@ -187,11 +187,11 @@ class Inspection:
         betas = [arguments["beta"] for method, arguments in map(read_run, self.models) if method == "dpo"]
         shown, beta = [], [*betas, self.dpo.Config.beta][0]
         for pair in load_pairs(path, self.tokenizer, self.context, RECORDS):
-            batch, under = collate([pair]), {}
-            reference = self.dpo.pair_logprobs(self.reference, batch)
+            batch, under = collate([pair.chosen, pair.rejected]), {}
+            reference = self.dpo.answer_logprobs(self.reference, batch).chunk(2)
             for name, model in {"": self.reference, **self.models}.items():
                 tokens = model.logprobs(model(batch.ids), batch.ids, batch.index)  # (2, T-1)
-                sums = self.dpo.pair_logprobs(model, batch)
+                sums = self.dpo.answer_logprobs(model, batch).chunk(2)
                 losses, *rewards = self.dpo.dpo_loss(*sums, *reference, beta)
                 under[name] = {"tokens": [x[mask] for x, mask in zip(tokens, batch.mask)], "sums": torch.cat(sums)}
                 under[name] |= {"rewards": torch.cat(rewards), "loss": losses[0]}

@@ -11,8 +11,8 @@ from types import ModuleType
 from conftest import script_path
 
 SIGNATURE = "dpo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0):"
-SUM = "logprobs.sum(1).chunk(2)"
-MEAN = "(logprobs.sum(1) / batch.mask.sum(1)).chunk(2)"
+SUM = "return logprobs.sum(1)\n"
+MEAN = "return logprobs.sum(1) / batch.mask.sum(1)\n"
 CALL = "= dpo_loss("
 VALUES = "1 - (torch.sigmoid(chosen_rewards - z) + torch.sigmoid(z - rejected_rewards)) / 2"  # KTO
 LOSSES = "    losses = -(1 - label_smoothing) * F.logsigmoid(beta_h) - label_smoothing * F.logsigmoid(-beta_h)\n"

@@ -9,6 +9,7 @@ import torch
 
 from nanopost.config import UserError
 from nanopost.data import (
+    PAD_TO,
     Batch,
     Example,
     Pair,
@@ -20,6 +21,7 @@ from nanopost.data import (
     load_pairs,
     load_prompts,
     map_batches,
+    map_pairs,
     micro_batches,
 )
 from nanopost.records import parse_records, read_records, require, with_prompt
@@ -312,28 +314,17 @@ def test_index_lists_the_flat_positions_of_the_mask_and_targets_counts_them():
     assert batch.targets == sum(sum(example.mask) for example in EXAMPLES) == batch.mask.sum()
 
 
-def test_rows_start_at_column_0_and_are_padded_on_the_right_to_a_multiple_of_8():
+def test_rows_start_at_column_0_and_are_padded_on_the_right_to_a_multiple_of_4():
     batch = collate(EXAMPLES, pad_id=63)
-    assert len(batch) == 3 and batch.ids.shape == (3, 16) and batch.mask.shape == (3, 15)
+    assert len(batch) == 3 and batch.ids.shape == (3, 12) and batch.mask.shape == (3, 11)
     assert batch.lengths.tolist() == [3, 9, 2]
     for row, example in enumerate(EXAMPLES):
-        assert batch.ids[row].tolist() == example.ids + [63] * (16 - len(example))
+        assert batch.ids[row].tolist() == example.ids + [63] * (12 - len(example))
     assert collate([Example([1] * 8, [True] * 8)]).ids.shape == (1, 8)
 
 
 def test_a_first_token_is_never_a_target_because_nothing_predicts_it():
     assert collate([Example([4, 5], [True, True])]).index.tolist() == [0]
-
-
-def test_pairs_become_the_chosen_sides_and_then_the_rejected_ones():
-    a, b, c = EXAMPLES
-    batch, expected = collate([Pair(a, b), Pair(b, c)]), collate([a, b, b, c])
-    assert batch.ids.shape == (4, 16)
-    for name, x in expected.tensors().items():
-        assert torch.equal(getattr(batch, name), x), name
-    assert torch.equal(batch.index, expected.index)
-    chosen, rejected = batch.lengths.chunk(2)
-    assert (chosen.tolist(), rejected.tolist()) == ([3, 9], [9, 2])
 
 
 @torch.no_grad()
@@ -369,7 +360,7 @@ def test_rows_cuts_the_padding_and_keeps_everything_aligned(rows):
     batch, examples = full_batch(), random_examples(9)
     part = batch.rows(torch.tensor(rows))
     longest = max(len(examples[i]) for i in rows)
-    T = math.ceil(longest / 8) * 8
+    T = math.ceil(longest / PAD_TO) * PAD_TO
     assert part.ids.shape == (len(rows), T) and len(part) == len(rows)
     for row, i in enumerate(rows):
         length = len(examples[i])
@@ -383,13 +374,14 @@ def test_rows_cuts_the_padding_and_keeps_everything_aligned(rows):
     assert part.tensors().keys() == batch.tensors().keys()
 
 
-def test_rows_never_adds_padding_to_a_batch_whose_width_is_no_multiple_of_8():
+def test_rows_never_adds_padding_to_a_batch_whose_width_is_no_multiple_of_4():
     """As the sampler returns it: as wide as its longest row."""
     mask = torch.tensor([[False, True, True, True], [False, True, False, False]])
     batch = Batch(torch.ones(2, 5, dtype=torch.long), mask, torch.tensor([5, 3]), logprobs=torch.ones(2, 4))
     for rows in ([0], [1], [0, 1]):
         part = batch.rows(torch.tensor(rows))
-        assert part.ids.shape == (len(rows), 5) and part.mask.shape == part.logprobs.shape == (len(rows), 4)
+        T = 4 if rows == [1] else 5
+        assert part.ids.shape == (len(rows), T) and part.mask.shape == part.logprobs.shape == (len(rows), T - 1)
 
 
 def test_index_follows_the_mask_wherever_a_batch_comes_from():
@@ -509,7 +501,9 @@ def test_in_length_order_every_row_comes_once_with_its_position_the_shortest_fir
         assert len(positions) == len(batch) <= (size or 53)
         assert batch.ids[:, 0].tolist() == positions  # an example begins with its number
         assert batch.lengths.tolist() == [LENGTHS[i] for i in positions]
-        assert batch.ids.shape[1] == math.ceil(max(batch.lengths.tolist()) / 8) * 8  # no more padding than needed
+        assert (
+            batch.ids.shape[1] == math.ceil(max(batch.lengths.tolist()) / PAD_TO) * PAD_TO
+        )  # no more padding than needed
         seen += positions
     assert sorted(seen) == list(range(53)) and seen == length_order(ROWS)
     assert [LENGTHS[i] for i in seen] == sorted(LENGTHS)
@@ -526,10 +520,31 @@ def test_map_batches_gives_the_results_in_the_order_of_the_rows(size, n):
     assert both[:, 1].tolist() == LENGTHS[:n]
 
 
-def test_map_batches_maps_pairs_too():
-    rows = [Pair(a, b) for a, b in zip(ROWS, ROWS[::-1])]
-    both = map_batches(lambda batch: torch.stack(batch.ids[:, 0].chunk(2), dim=1), rows, 5, "cpu")
-    assert both.tolist() == [[i, 52 - i] for i in range(53)]
+def test_map_batches_lets_gradients_through():
+    weight = torch.randn(60, dtype=torch.float64, requires_grad=True)  # a number for every token id
+    map_batches(lambda batch: weight[batch.ids[:, 0]], ROWS, 8, "cpu")[7].backward()
+    assert weight.grad.nonzero().tolist() == [[7]] and weight.grad[7] == 1
+
+
+@pytest.mark.parametrize("size", [0, 5, 200])
+def test_map_pairs_gives_both_sides_in_the_order_of_the_pairs(size):
+    pairs = [Pair(a, b) for a, b in zip(ROWS, ROWS[::-1])]
+    chosen, rejected = map_pairs(lambda batch: batch.ids[:, 0], pairs, "cpu", size)
+    assert chosen.tolist() == list(range(53)) and rejected.tolist() == list(range(52, -1, -1))
+
+
+def test_map_pairs_takes_the_shorter_sides_and_then_the_longer_ones():
+    batches = []
+    pairs = [Pair(a, b) for a, b in zip(ROWS[:26], ROWS[26:52])]
+    map_pairs(lambda batch: batches.append(batch) or batch.lengths, pairs, "cpu")
+    assert [len(batch) for batch in batches] == [26, 26]
+    assert batches[0].lengths.tolist() + batches[1].lengths.tolist() == sorted(LENGTHS[:52])
+    assert batches[0].ids.shape[1] < batches[1].ids.shape[1]
+
+
+def test_map_pairs_of_no_pairs_is_two_empty_sides():
+    chosen, rejected = map_pairs(lambda batch: batch.lengths, [], "cpu", 4)
+    assert len(chosen) == len(rejected) == 0
 
 
 def test_map_batches_of_no_rows_is_empty():

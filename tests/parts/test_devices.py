@@ -269,7 +269,7 @@ def test_nothing_is_compiled_on_the_cpu(tiny, monkeypatch, tmp_path):
 
 
 def test_the_rows_of_ppo_have_few_lengths_too(tiny, monkeypatch, tmp_path):
-    """Minibatches are cut to multiples of 8 columns, or are as wide as the rollout."""
+    """Minibatches are cut to multiples of 4 columns, or are as wide as the rollout."""
     widths, forward = [], GPT.forward
     config = train_ppo.Config(out=str(tmp_path / "run"), device="cpu", minibatches=1, epochs=1, micro_batch=1)
     lengths = torch.tensor([3, 8, 9, 22])
@@ -280,7 +280,7 @@ def test_the_rows_of_ppo_have_few_lengths_too(tiny, monkeypatch, tmp_path):
     policy = tiny(60).add_head(0.1)
     models = train_ppo.Models(policy, policy, None, None)
     train_ppo.update(Run("test", config), models, torch.optim.SGD(policy.parameters(), 0.0), batch, config)
-    assert widths == [8, 8, 16, 22]
+    assert widths == [4, 8, 12, 22]
 
 
 TEXTS = [

@@ -82,6 +82,8 @@ def test_two_processes_log_the_losses_and_statistics_of_one(script, both, metric
     lines = [metrics(folder / script, "seconds") for folder in (one, two)]
     assert len(lines[0]) == len(lines[1]) > 4
     for a, b in zip(*lines):
+        if a["step"] == 1 and script == "dpo":  # the policy is still the reference: which reward is higher is rounding
+            del a["rewards/accuracies"], b["rewards/accuracies"]
         assert a == pytest.approx(b, rel=1e-5, abs=1e-9)  # the file has six digits
 
 

@@ -158,7 +158,7 @@ def test_an_update_has_the_loss_and_the_gradient_of_fp32_up_to_rounding(module, 
         if module is train_sft:
             return train_sft.batch_loss(model, BATCH)
         if module is train_rm:
-            return train_rm.pairwise_loss(*train_rm.score_pairs(model, collate(PAIRS)))
+            return train_rm.pairwise_loss(*train_rm.score_pairs(model, PAIRS, "cpu"))
         if module is train_dpo:
             return train_dpo.batch_loss(model, PAIRS, REFERENCE, config, "cpu")[0].mean()
         white = train_ppo.replace(batch, advantages=train_ppo.whiten(batch.advantages, batch.mask))

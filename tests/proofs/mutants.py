@@ -94,7 +94,10 @@ REWARD_MODEL = {
             "(-F.logsigmoid(upcast(chosen)) - F.logsigmoid(-upcast(rejected))).mean()",
         ),
     ],
-    "train_rm.score_pairs": [("the sides swapped", ".chunk(2)", ".chunk(2)[::-1]")],
+    "train_rm.score_pairs": [
+        ("the reward of the first token", "batch.lengths)", "torch.ones_like(batch.lengths))"),
+        ("the sides swapped", "batch_size)", "batch_size)[::-1]"),
+    ],
     "train_rm.update": [
         (
             "a mean of means over micro-batches",
@@ -152,14 +155,14 @@ DPO = {
         ("a logarithm that underflows", "F.logsigmoid(beta_h)", "beta_h.sigmoid().log()"),
         ("a squared loss", "-(1 - label_smoothing) * F.logsigmoid(beta_h)", "(beta_h - 1) ** 2"),
     ],
-    "train_dpo.pair_logprobs": [
+    "train_dpo.answer_logprobs": [
         ("the mean over the columns, not the sum", ".sum(1)", ".mean(1)"),
         ("the mean over the answer's tokens", ".sum(1)", ".sum(1).div(batch.mask.sum(1))"),
         ("the end token left out", "batch.index)", "batch.index[torch.isin(batch.index, batch.index - 1)])"),
         ("the first token left out", "batch.index)", "batch.index[torch.isin(batch.index, batch.index + 1)])"),
         ("the prompt's tokens counted too", "batch.index)", "torch.arange(batch.mask.numel()))"),
-        ("the sides swapped", ".chunk(2)", ".chunk(2)[::-1]"),
     ],
+    "train_dpo.pair_logprobs": [("the sides swapped", "batch_size)", "batch_size)[::-1]")],
     "train_dpo.reference_logprobs": [("chosen and rejected swapped", "dim=1)", "dim=1).flip(1)")],
     "train_dpo.batch_loss": [
         ("beta not handed on", "config.beta,", "0.1,"),
@@ -174,19 +177,19 @@ DPO = {
         ("the gradient is never clipped", "config.grad_clip", "0.0"),
     ],
     "train_dpo.evaluate": [
-        ("the reference's log-probabilities of other rows", "ref_logprobs[rows]", "ref_logprobs[: len(rows)]"),
         (
-            "a mean of means over batches",
-            "torch.cat([part[name] for part in parts]).mean()",
-            "torch.stack([part[name].mean() for part in parts]).mean()",
+            "the reference's log-probabilities of other rows",
+            "ref_logprobs, config, device, batch_size)",
+            "ref_logprobs.flip(0), config, device, batch_size)",
         ),
+        ("a sum, not a mean", "values.mean()", "values.sum()"),
     ],
     "train_dpo.main": [
         ("the reference's log-probabilities of other rows", "ref_logprobs[rows]", "ref_logprobs[: len(rows)]"),
         ("the reference's log-probabilities in sorted order", "ref_logprobs[rows]", "ref_logprobs[sorted(rows)]"),
         ("the reference moves with the policy", "ref_logprobs[rows]", "reference_logprobs(policy, batch, run.device)"),
         ("the reference of other held-out pairs", "(policy, valid, run.device)", "(policy, valid[::-1], run.device)"),
-        ("the held-out pairs measured like training pairs", "valid_ref_logprobs, config", "ref_logprobs, config"),
+        ("the held-out pairs measured like training pairs", "valid_ref_logprobs, c", "ref_logprobs[: len(valid)], c"),
         ("twice the epochs", "round(config.epochs *", "round(2 * config.epochs *"),
         ("other betas of Adam", "config.lr)\n", "config.lr, betas=(0.9, 0.95))\n"),
         ("weight decay that nobody asked for", "config.lr)\n", "config.lr, weight_decay=0.01)\n"),
@@ -651,11 +654,11 @@ IPO = {
         ("gradient through the logged rewards", "chosen_rewards.detach()", "chosen_rewards"),
         ("the logged rewards without beta", "chosen_rewards.detach(), rej", "chosen_rewards.detach() / beta, rej"),
     ],
-    "train_ipo.pair_logprobs": [
+    "train_ipo.answer_logprobs": [
         ("the mean over the answer's tokens", ".sum(1)", ".sum(1).div(batch.mask.sum(1))"),
         ("the end token left out", "batch.index)", "batch.index[torch.isin(batch.index, batch.index - 1)])"),
-        ("the sides swapped", ".chunk(2)", ".chunk(2)[::-1]"),
     ],
+    "train_ipo.pair_logprobs": [("the sides swapped", "batch_size)", "batch_size)[::-1]")],
     "train_ipo.batch_loss": [
         ("beta not handed on", "config.beta,", "0.1,"),
         ("label smoothing not handed on", "config.label_smoothing", "0.0"),
@@ -684,16 +687,6 @@ DATA = {
         ),
         ("padding on the left", "ids[i, : len(row)] = row.ids", "ids[i, T - len(row) :] = row.ids"),
         ("padding counted as real tokens", "(ids, mask, lengths, index)", "(ids, mask, lengths * 0 + T, index)"),
-        (
-            "the sides swapped",
-            "[pair.chosen for pair in rows] + [pair.rejected for pair in rows]",
-            "[pair.rejected for pair in rows] + [pair.chosen for pair in rows]",
-        ),
-        (
-            "pair after pair, where all chosen sides come first",
-            "[pair.chosen for pair in rows] + [pair.rejected for pair in rows]",
-            "[side for pair in rows for side in (pair.chosen, pair.rejected)]",
-        ),
     ],
     "nanopost.data.Batch.rows": [
         ("the longest row cut short", "round_up(int(self.lengths[rows].max()))", "int(self.lengths[rows].max()) - 1"),
@@ -720,9 +713,23 @@ DATA = {
     "nanopost.data.map_batches": [
         (
             "results in sorted order, not in the rows'",
-            "results[positions] = part",
-            "results = torch.cat([results[len(part) :], part])",
-        )
+            "torch.cat(parts)[to_device(back, parts[0].device)]",
+            "torch.cat(parts)",
+        ),
+        ("put back the wrong way round", ".argsort()", ""),
+    ],
+    "nanopost.data.map_pairs": [
+        (
+            "pair after pair, where all chosen sides come first",
+            "[pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]",
+            "[side for pair in pairs for side in (pair.chosen, pair.rejected)]",
+        ),
+        ("the sides swapped", ".chunk(2)", ".chunk(2)[::-1]"),
+        (
+            "the rejected side of another pair",
+            "pair.rejected for pair in pairs",
+            "pair.rejected for pair in pairs[::-1]",
+        ),
     ],
     "nanopost.data.load_pairs": [("the sides swapped", '("chosen", "rejected")', '("rejected", "chosen")')],
     "nanopost.data.encode_answer": [
@@ -877,7 +884,7 @@ SAMPLING = {
 RUN = {
     "nanopost.run.adamw": [
         ("weight decay on biases and gains", '"weight_decay": 0.0', '"weight_decay": weight_decay'),
-        ("weight decay through Adam's own scale", "torch.optim.AdamW(", "torch.optim.Adam("),
+        ("weight decay through Adam's own scale", "return AdamW(", "return torch.optim.Adam("),
         ("one beta for both", "betas=betas", "betas=(betas[0], betas[0])"),
         ("eps not handed on", ", eps=eps", ""),
         ("biases and gains are not trained", "[matrices, vectors]", "[matrices]"),

@@ -133,7 +133,7 @@ WORDS = {
         "conservative_dpo": "with label smoothing e it does not stop at beta h = log((1 - e) / e)",
         "dpo_on_the_preferences": "its minimum is not pi* = ref exp(r / beta) / Z: beta, the sign, the reference?",
     },
-    "dpo_loss, ipo_loss, pair_logprobs, reference_logprobs, batch_loss": {
+    "dpo_loss, ipo_loss, answer_logprobs, pair_logprobs, reference_logprobs, batch_loss": {
         "dpo_losses_are": "not equation 7 of whole answers: the end token left out, or a mean for a sum?",
         "dpo_log_probabilities": "not the log-probabilities of whole answers: the end token left out, a mean, a swap?",
         "dpo_gradient_is": "the gradient is not the paper's: {}",

@@ -157,7 +157,7 @@ def test_rm_loss_over_all_noisy_labels_is_least_at_the_true_rewards():
 def test_rm_gradient_is_sigma_of_the_error_and_none_for_the_bias():
     model = tiny_gpt().add_head(std=0.5)
     pairs = pairs_of(EVERY_PAIR[::40])
-    chosen, rejected = train_rm.score_pairs(model, collate(pairs))
+    chosen, rejected = train_rm.score_pairs(model, pairs, "cpu")
     for scores in (chosen, rejected):
         scores.retain_grad()
     train_rm.pairwise_loss(chosen, rejected).backward()
@@ -169,7 +169,7 @@ def test_rm_gradient_is_sigma_of_the_error_and_none_for_the_bias():
 def test_rm_score_is_the_head_on_the_last_real_token_in_a_batch_of_any_padding():
     model = tiny_gpt().add_head(std=0.5)
     pairs = pairs_of((i, 39 - i) for i in range(40))
-    chosen, rejected = train_rm.score_pairs(model, collate(pairs))
+    chosen, rejected = train_rm.score_pairs(model, pairs, "cpu")
     alone = torch.stack([model.scalar(model(torch.tensor([e.ids])))[0, -1] for e in EXAMPLES])
     at_most(distance([chosen, rejected], [alone, alone.flip(0)]), 1e-12)
 
@@ -254,7 +254,7 @@ def test_dpo_starts_at_ln_2_with_margin_0_and_accuracy_0():
     at_most(distance(losses, torch.full_like(losses, math.log(2))), 1e-12)
     at_most(stats["rewards/margins"].abs().max(), 1e-12)
     pairs, policy = pairs_of(EVERY_PAIR[::31]), tiny_gpt(1)
-    its_own = torch.stack(train_dpo.pair_logprobs(policy, collate(pairs)), dim=1).detach()
+    its_own = torch.stack(train_dpo.pair_logprobs(policy, pairs, "cpu"), dim=1).detach()
     stats = train_dpo.batch_loss(policy, pairs, its_own, train_dpo.Config(), "cpu")[1]
     assert (stats["rewards/accuracies"] == 0).all()  # a tie is not right
 

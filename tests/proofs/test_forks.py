@@ -459,7 +459,7 @@ def test_ipo_losses_are_equation_17_on_whole_answers(smoothing):
 
 def test_ipo_starts_at_one_over_four_beta_squared_with_margin_0_and_accuracy_0():
     policy, pairs = tiny_gpt(1), pairs_of(EVERY_PAIR[::31])
-    its_own = torch.stack(train_ipo.pair_logprobs(policy, collate(pairs)), dim=1).detach()
+    its_own = torch.stack(train_ipo.pair_logprobs(policy, pairs, "cpu"), dim=1).detach()
     losses, stats = train_ipo.batch_loss(policy, pairs, its_own, train_ipo.Config(beta=0.3), "cpu")
     at_most(distance(losses, torch.full_like(losses, 1 / (4 * 0.3**2))), 1e-10)
     at_most(stats["rewards/margins"].abs().max(), 1e-12)

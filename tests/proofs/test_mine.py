@@ -61,7 +61,7 @@ def test_functions_of_several_scripts_in_one_file_each_replace_their_own(tmp_pat
 SLIPS = {  # a mistake of the catalogue: what is said
     "train_ppo.policy_loss: the end token left out": "the gradient is not that of E[r] - beta KL: cosine 0.",
     "train_ppo.token_rewards: the penalty with the wrong sign": "the penalty is a bonus",
-    "train_dpo.pair_logprobs: the end token left out": "not equation 7 of whole answers: the end token left out",
+    "train_dpo.answer_logprobs: the end token left out": "not equation 7 of whole answers: the end token left out",
     "train_grpo.update: the KL per token, not per answer": "a step does not follow the gradient of the loss",
     "train_ipo.ipo_loss: DPO's loss": "it runs away where all labels agree",
 }

@@ -48,7 +48,7 @@ def training(lines):
 PARENTS = {"ipo": "dpo", "grpo": "ppo"}
 LARGEST = {"ipo": 31, "grpo": 207}  # lines that are only in the fork or only in its parent
 THE_SAME = {  # what the fork is not about: these functions are the parent's, to the letter
-    "ipo": ["pair_logprobs", "reference_logprobs", "update", "evaluate"],
+    "ipo": ["answer_logprobs", "pair_logprobs", "reference_logprobs", "update", "evaluate"],
     "grpo": ["answer_means"],
 }
 
@@ -198,6 +198,10 @@ def test_two_processes_make_the_steps_of_one(workshop, tmp_path, metrics):
     for name in PARALLEL:
         one, two = tmp_path / "one" / name, tmp_path / "two" / name
         for a, b in zip(metrics(one, "seconds"), metrics(two, "seconds"), strict=True):
+            if (
+                a["step"] == 1 and name == "ipo"
+            ):  # the policy is still the reference: which reward is higher is rounding
+                del a["rewards/accuracies"], b["rewards/accuracies"]
             assert a == pytest.approx(b, rel=1e-5, abs=1e-9)
         for weight, x in tensors(one).items():
             torch.testing.assert_close(tensors(two)[weight], x, rtol=0, atol=1e-9)

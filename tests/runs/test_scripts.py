@@ -27,7 +27,7 @@ from nanopost.config import UserError, flag
 from nanopost.data import Batch, Example, load_examples, load_pairs
 from nanopost.model import GPT, GPTConfig
 from nanopost.reward import score_examples
-from nanopost.run import Run
+from nanopost.run import Run, adamw
 from nanopost.sampling import sample_text
 from train_ppo import Models, policy_loss, value_loss
 
@@ -205,6 +205,40 @@ DEFAULTS = {  # what others use, stated once: the optimizer, then the options
 }  # fmt: skip
 
 
+def test_the_optimizer_makes_the_steps_of_pytorchs_own_and_its_state_is_the_same():
+    ours, theirs = (torch.nn.Linear(3, 2) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    optimizers = [
+        adamw(ours.parameters(), 0.1, weight_decay=0.3),
+        torch.optim.AdamW(theirs.parameters(), 0.1, weight_decay=0.3, fused=True),
+    ]
+    optimizers[1].param_groups[0]["params"].pop()  # the bias decays in neither
+    optimizers[1].add_param_group({"params": [theirs.bias], "weight_decay": 0.0})
+    for _ in range(5):
+        x = torch.randn(7, 3)
+        for layer, optimizer in zip((ours, theirs), optimizers):
+            optimizer.zero_grad()
+            (layer(x) ** 2).sum().backward()
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+    assert not any(x.requires_grad for state in optimizers[0].state.values() for x in state.values())
+    for i, state in optimizers[1].state_dict()["state"].items():
+        assert all(torch.equal(optimizers[0].state_dict()["state"][i][name], x) for name, x in state.items())
+    optimizers[0].load_state_dict(optimizers[1].state_dict())
+    optimizers[0].step()
+
+
+def test_a_run_does_not_import_pytorchs_compiler(workshop, tmp_path):
+    """It would take two seconds at the start of every run."""
+    arguments = []
+    for name, value in vars(workshop.config("sft", tmp_path / "out", steps=2)).items():
+        arguments += [flag(name if value else f"no_{name}")] if isinstance(value, bool) else [flag(name), str(value)]
+    code = "import runpy, sys; runpy.run_path('train_sft.py', run_name='__main__'); "
+    code += "sys.exit('torch._dynamo' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "wrote" in run.stdout, run.stderr
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_optimizer_and_options_have_the_defaults_of_the_field(script, workshop, tmp_path, monkeypatch):
     optimizers, start = [], Run.start
@@ -216,7 +250,7 @@ def test_optimizer_and_options_have_the_defaults_of_the_field(script, workshop, 
     monkeypatch.setattr(Run, "start", watch)
     workshop.run(script, tmp_path / "out", steps=1, valid="")
     [optimizer] = optimizers
-    assert type(optimizer) is torch.optim.AdamW
+    assert isinstance(optimizer, torch.optim.AdamW)
     options = {field.name: field.default for field in dataclasses.fields(workshop.module(script).Config)}
     for group in optimizer.param_groups:
         actual = options | {name: group[name] for name in ("betas", "eps", "weight_decay")}
