@@ -37,7 +37,7 @@ from nanopost.sampling import generate, in_parts, show_answers
 class Config(Options):
     init: str = "out/sft"  # folder of the SFT model: policy and reference start there
     reward: str = "out/rm"  # folder of a reward model, or a Python function: file.py:function
-    critic: str = ""  # folder of a reward model to start a separate critic from; empty: a shared trunk
+    critic: str = ""  # folder of a reward model to start a separate critic from; empty: a shared trunk, less memory
     prompts: str = "data/notes/prompts_train.jsonl"  # prompts to train on
     valid: str = "data/notes/prompts_eval.jsonl"  # held-out prompts; empty: none
     out: str = "out/ppo"  # folder to write
@@ -47,7 +47,7 @@ class Config(Options):
     batch_size: int = 128  # answers per iteration
     epochs: int = 2  # passes over the answers of an iteration
     minibatches: int = 4  # optimizer steps per pass
-    micro_batch: int = 32  # answers per forward pass of an update; 0: the whole minibatch at once
+    micro_batch: int = 16  # answers per forward pass of an update; 0: the whole minibatch at once
     max_new_tokens: int = 80  # longest answer
     temperature: float = 1.0  # sampling temperature, applied to log-probabilities too
     beta: float = 0.1  # weight of the KL penalty; with 0 the policy learns to hack the reward model

@@ -88,7 +88,7 @@ LEGEND = """\
 - ppo-trunk: PPO without `--critic`, values and policy on one trunk, with as many answers
 - STAGE-at-0: the model at temperature 0, that is greedy; sft-best-of-4: the best of 4 of the SFT model's answers by the
   reward model's score; rm.reads_prompt: how often that score is higher under an answer's own prompt than under another
-  of its family; contrastN: the same with N% of the pairs made for contrast
+  of its family; contrastN: the same with N% of the pairs made for contrast; pairs40000: with four times as many pairs
 - best4, best16, rest1, rest2: best of n by the sample tool, and one and two rounds of ReST
 - RUN.METRIC.first, last, most: what the runs of seed 0 logged; ppo.first_ratio, ppo.first_approxkl: in the first
   minibatch of an iteration, the value farthest from 1 and from 0
@@ -107,7 +107,7 @@ def collect(config: Config, out: Path, stamps: dict) -> tables.Page:
     tables.pipeline(page, out, stamps)
     tables.sample_answers(page, measured)
     tables.best_of_n(page, out)
-    tables.contrast(page, out)
+    tables.other_pairs(page, out)
     tables.betas(page, out)
     tables.sums(page, out)
     tables.logs(page, out)

@@ -78,6 +78,13 @@ for percent in 20 50; do
 done
 """
 
+PAIRS = """
+$python data/notes/annotate.py --policy $seed0/sft --pairs 40000 --out $here/prefs
+$python train_rm.py --init $seed0/sft --data $here/prefs/train.jsonl --valid "" --out $here/rm
+$python -m nanopost evaluate $seed0/sft --reference $seed0/sft --reward $here/rm --best-of 4 \\
+    --gold data/notes/gold.py:score --pairs $seed0/prefs/valid.jsonl --json $here/report.json
+"""
+
 BETAS = """
 for beta in 0.1 1; do
     $python train_dpo.py --init $seed0/sft --data $seed0/prefs/train.jsonl --valid "" --beta $beta \\
@@ -104,10 +111,11 @@ QUICK = {
     r"train_ppo\.py": "train_ppo.py --steps 2",
     r"--keep-every 50": "--keep-every 20",
     r"--keep-every 5 ": "--keep-every 1 ",
-    r"annotate\.py": "annotate.py --pairs 400 --valid-pairs 40",
+    r"annotate\.py": "annotate.py --valid-pairs 40",
+    r"(annotate\.py .*?)( --pairs 40000)?( --out)": r"\1 --pairs 400\3",
     r"nanopost (evaluate|sample)": r"nanopost \1 --limit 20",
     r"--steps (18|30|100)": "",
-    r"4e-3 --epochs 0\.8": "4e-3 --steps 400",  # of pretraining: a model that ends its answers, after a fashion
+    r"4e-3 --epochs 0\.7": "4e-3 --steps 400",  # of pretraining: a model that ends its answers, after a fashion
     r"tests/proofs --ignore \S+": "tests/proofs/test_losses.py",
 }
 
@@ -138,6 +146,7 @@ def all_steps(out: Path, seeds: int, instructions: str, quick: bool) -> list[Ste
     steps.append(Step("rest", REST, CODE))
     steps.append(Step("sums", SUMS, CODE))
     steps.append(Step("contrast", CONTRAST, CODE))
+    steps.append(Step("pairs", PAIRS, CODE))
     steps.append(Step("betas", BETAS, CODE))
     steps.append(Step("measured", MEASURE, [*CODE, "docs/measure.py"]))
     steps.append(Step("proofs", PROOFS, [*TESTS, "tests/proofs/*.py"]))

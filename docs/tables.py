@@ -210,20 +210,22 @@ def best_of_n(page: Page, out: Path):
     )
 
 
-def contrast(page: Page, out: Path):
-    """Reward models that learned from contrast pairs too."""
-    report, rows = pipeline_rows(out / "seed0")
-    lines = [["contrast pairs", "accuracy on other pairs", "reads the prompt", "gold of best of 4"]]
-    for percents in (0, 20, 50):
-        if percents:
-            report, rows = read_report(out / "contrast", f"report{percents}.json")
+def other_pairs(page: Page, out: Path):
+    """Reward models that learned from contrast pairs too, and from more pairs."""
+    trained = {"contrast0": ("as in quickstart", pipeline_rows(out / "seed0"))}
+    for percents in (20, 50):
+        report = read_report(out / "contrast", f"report{percents}.json")
+        trained[f"contrast{percents}"] = (f"{percents}% for contrast", report)
+    trained["pairs40000"] = ("four times as many", read_report(out / "pairs"))
+    lines = [["training pairs", "accuracy on other pairs", "reads the prompt", "gold of best of 4"]]
+    for name, (title, (report, rows)) in trained.items():
         found = {
             "accuracy": percent(report["rm_accuracy"], 1),
             "reads_prompt": percent(report["reads_prompt"]),
             "best_of_4": fixed(rows["sft best of 4"]["gold"]),
         }
-        page.numbers |= {f"contrast{percents}.{name}": value for name, value in found.items()}
-        lines.append([f"{percents}%", *found.values()])
+        page.numbers |= {f"{name}.{column}": value for column, value in found.items()}
+        lines.append([title, *found.values()])
     page.section(
         "Does the reward model read the prompt?",
         "Seed 0. A contrast pair sets an answer beside one to another prompt of the same family\n"

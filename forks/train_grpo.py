@@ -49,7 +49,7 @@ class Config(Options):
     kl: str = "reward"  # where the KL penalty stands: reward, or as a loss: k2 (of answers) or k3 (of tokens)
     epochs: int = 2  # passes over the answers of an iteration
     minibatches: int = 4  # optimizer steps per pass
-    micro_batch: int = 32  # answers per forward pass of an update; 0: the whole minibatch at once
+    micro_batch: int = 16  # answers per forward pass of an update; 0: the whole minibatch at once
     max_new_tokens: int = 80  # longest answer
     temperature: float = 1.0  # sampling temperature, applied to log-probabilities too
     beta: float = 0.1  # weight of the KL penalty; with 0 the policy learns to hack the reward model

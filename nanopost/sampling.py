@@ -11,7 +11,7 @@ from nanopost.data import Batch, Example, length_order
 from nanopost.model import GPT, KVCache, upcast
 
 CHECK_EVERY = 4  # decoding steps between two looks at which rows have ended
-PART_ROWS = 32  # rows at least in a part of in_parts: products of fewer rows take longer per row
+PART_ROWS = 64  # rows at least in a part of in_parts: products of fewer rows take longer per row
 BATCH_TOKENS = 2**16  # tokens of a batch in sample_text: 5 GB of keys and values in fp32 for GPT-2 124M
 
 

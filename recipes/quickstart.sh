@@ -17,7 +17,7 @@ $python data/notes/prepare.py
 
 stage "pretraining: every token is a target" 15
 $python train_sft.py $common --init scratch --data data/notes/base_train.jsonl --valid data/notes/base_valid.jsonl \
-    --lr 4e-3 --epochs 0.8 --out $out/base
+    --lr 4e-3 --epochs 0.7 --out $out/base
 
 stage "SFT: imitate demonstrations, most of them curt" 18
 $python train_sft.py $common --init $out/base --data data/notes/sft_train.jsonl --valid data/notes/sft_valid.jsonl \
