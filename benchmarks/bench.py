@@ -86,7 +86,7 @@ class Size:
     answer: int
     rows: int  # SFT: sequences per step
     pairs: int  # reward model and DPO: pairs per step
-    micro: int  # sequences (SFT) or pairs per forward pass; 0: all
+    micro: int  # sequences (SFT) or pairs per backward pass; 0: all
     decode: tuple[int, ...]  # how many rows are sampled together
     ppo: dict  # options of train_ppo.py
     full: bool = False  # SFT on whole contexts, with every token a target, as in pretraining

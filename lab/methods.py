@@ -6,10 +6,10 @@ than PPO (Ahmadian et al., arXiv 2402.14740). Best of n earns the same for far l
 
 All start from the same SFT model. ReST, PPO and RLOO (`forks/train_grpo.py`) sample 2,560 answers and ask the reward
 model of the quickstart, for which all its pairs were labelled. DPO learns from 1,280 labelled pairs, which are as many
-answers. Best of n trains nothing, and samples n answers to every request for ever; its KL is an upper bound. Gold is
-that of answers at temperature 1, greedy that at temperature 0. Distinct: the share of distinct ones among 20 answers to
-a request. Forgotten: what the loss on documents of pretraining has risen by, in nats per token. Seconds are those of
-one thread for training, without the reward model.
+answers. PPO's critic is a network of its own, as in the quickstart. Best of n trains nothing, and samples n answers to
+every request for ever; its KL is an upper bound. Gold is that of answers at temperature 1, greedy that at temperature
+0. Distinct: the share of distinct ones among 20 answers to a request. Forgotten: what the loss on documents of
+pretraining has risen by, in nats per token. Seconds are those of one thread for training, without the reward model.
 
 Next: is DPO short of labels? Give it all pairs, `--data $start/prefs/train.jsonl --epochs 1`.
 """
@@ -38,7 +38,7 @@ ARMS = {
     "DPO": f"""
         sed -n "$((1280 * seed + 1)),$((1280 * seed + 1280))p" $start/prefs/train.jsonl > $here/labels.jsonl
         python train_dpo.py {SAME} --data $here/labels.jsonl --beta 0.3 --epochs 2""",
-    "PPO": f"{RM}; python train_ppo.py {ON_POLICY}",
+    "PPO": f"{RM}; python train_ppo.py {ON_POLICY} --critic $start/rm",
     "RLOO": f"{RM}; python forks/train_grpo.py {ON_POLICY}",
 }
 COLUMNS = {"gold": ("gold", "{:.2f}"), "greedy": ("greedy", "{:.2f}"), "kl": ("KL", "{:.2f}")}
