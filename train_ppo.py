@@ -37,7 +37,7 @@ from nanopost.sampling import generate, in_parts, show_answers
 class Config(Options):
     init: str = "out/sft"  # folder of the SFT model: policy and reference start there
     reward: str = "out/rm"  # folder of a reward model, or a Python function: file.py:function
-    critic: str = ""  # folder of a reward model to start a separate critic from; empty: a shared trunk, less memory
+    critic: str = ""  # folder of a reward model to start a separate critic from; empty: one trunk for both, less memory
     prompts: str = "data/notes/prompts_train.jsonl"  # prompts to train on
     valid: str = "data/notes/prompts_eval.jsonl"  # held-out prompts; empty: none
     out: str = "out/ppo"  # folder to write

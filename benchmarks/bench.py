@@ -101,7 +101,7 @@ SIZES = {
     "embedded": Size(
         GPTConfig(1024, 128, n_layer=2, n_head=4, n_embd=128),
         prompt=18, answer=27, rows=16, pairs=16, micro=16, decode=(64, 256),
-        ppo=dict(batch_size=128, max_new_tokens=32, epochs=2, minibatches=2, micro_batch=32),
+        ppo=dict(batch_size=128, max_new_tokens=32, epochs=2, minibatches=2, micro_batch=16),
     ),
     "trl-small": Size(
         GPTConfig(1024, 128, n_layer=4, n_head=4, n_embd=128),

@@ -111,8 +111,8 @@ QUICK = {
     r"train_ppo\.py": "train_ppo.py --steps 2",
     r"--keep-every 50": "--keep-every 20",
     r"--keep-every 5 ": "--keep-every 1 ",
-    r"annotate\.py": "annotate.py --valid-pairs 40",
-    r"(annotate\.py .*?)( --pairs 40000)?( --out)": r"\1 --pairs 400\3",
+    r" --pairs 40000": "",
+    r"annotate\.py": "annotate.py --pairs 400 --valid-pairs 40",
     r"nanopost (evaluate|sample)": r"nanopost \1 --limit 20",
     r"--steps (18|30|100)": "",
     r"4e-3 --epochs 0\.7": "4e-3 --steps 400",  # of pretraining: a model that ends its answers, after a fashion

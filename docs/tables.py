@@ -214,8 +214,8 @@ def other_pairs(page: Page, out: Path):
     """Reward models that learned from contrast pairs too, and from more pairs."""
     trained = {"contrast0": ("as in quickstart", pipeline_rows(out / "seed0"))}
     for percents in (20, 50):
-        report = read_report(out / "contrast", f"report{percents}.json")
-        trained[f"contrast{percents}"] = (f"{percents}% for contrast", report)
+        title = f"{percents}% for contrast"
+        trained[f"contrast{percents}"] = (title, read_report(out / "contrast", f"report{percents}.json"))
     trained["pairs40000"] = ("four times as many", read_report(out / "pairs"))
     lines = [["training pairs", "accuracy on other pairs", "reads the prompt", "gold of best of 4"]]
     for name, (title, (report, rows)) in trained.items():
@@ -229,7 +229,7 @@ def other_pairs(page: Page, out: Path):
     page.section(
         "Does the reward model read the prompt?",
         "Seed 0. A contrast pair sets an answer beside one to another prompt of the same family\n"
-        "(`annotate.py --contrast`):",
+        "(`annotate.py --contrast`). The last row has none, but 40,000 pairs instead of 10,000:",
         quotes.write_block("contrast", table(*lines)),
     )
 

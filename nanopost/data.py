@@ -186,7 +186,7 @@ def in_length_order(rows: list[Example], size: int, device):
 
 
 def map_batches(function, rows: list[Example], size: int, device) -> torch.Tensor:
-    """function(batch) -> (B, ...) of all rows, in length order and put back: (N, ...)."""
+    """function(batch) -> (B, ...) of all rows, in length order and put back: (N, ...), on their device."""
     parts, order = [], []
     for positions, batch in in_length_order(rows, size, device):
         parts.append(function(batch))
@@ -200,8 +200,8 @@ def map_batches(function, rows: list[Example], size: int, device) -> torch.Tenso
 def map_pairs(function, pairs: list[Pair], device, size: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """function(batch) -> (B, ...) of both sides of P pairs: chosen (P, ...), rejected (P, ...).
 
-    At most `size` sides go through it together (0: half of them, the shorter ones, then the longer ones). The two sides
-    of a pair differ in length, and would waste a quarter of a batch on padding."""
+    At most `size` sides go through it together; 0: half of them, the shorter ones, then the longer ones. The two sides
+    of a pair differ in length: in one batch, much of it would be padding."""
     sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     return map_batches(function, sides, size or len(pairs), device).chunk(2)
 

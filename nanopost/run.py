@@ -69,8 +69,8 @@ class Options:
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's, without the wrappers around its methods: to say that these are not to be compiled, they import the
-    whole compiler, which takes two seconds at the start of every run."""
+    """PyTorch's AdamW without the wrappers that keep torch.compile out of its methods: they import the whole compiler,
+    which takes two seconds at the start of every run."""
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)

@@ -9,7 +9,7 @@
 #
 # Memory, by arithmetic and not yet measured: 2 GB for weights, gradients and moments (PPO with its critic, reference
 # and reward model: 5 GB), 0.3 MB per token of a micro-batch, up to 0.6 MB more per target (fp32 logits and what the
-# loss makes of them), and in PPO 37 kB per token of --batch-size answers for keys and values, a quarter of them at a
+# loss makes of them), and in PPO 37 kB per token of --batch-size answers for keys and values, half of them at a
 # time. --micro-batch bounds all but the last, and changes nothing else. 16 is for 24 GB where few tokens are targets
 # (for long answers take 8), 4 for 16 GB, and there PPO wants --batch-size 32; 80 GB hold 32. The longest batch decides.
 set -e

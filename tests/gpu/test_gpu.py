@@ -98,6 +98,9 @@ def test_training_is_what_it_is_on_the_cpu(script, workshop, tmp_path, metrics):
     on_gpu = metrics(workshop.run(script, tmp_path / "gpu", device=DEVICE, **options), "seconds")
     assert len(on_cpu) == len(on_gpu) >= 8
     for expected, found in zip(on_cpu, on_gpu):
+        if script == "dpo" and found["step"] == 1:
+            # the policy is still the reference: which reward is higher is rounding
+            del expected["rewards/accuracies"], found["rewards/accuracies"]
         assert found == pytest.approx(expected, rel=0.05, abs=0.02)  # fp32 products are in TF32 on a GPU
 
 

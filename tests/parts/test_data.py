@@ -501,9 +501,8 @@ def test_in_length_order_every_row_comes_once_with_its_position_the_shortest_fir
         assert len(positions) == len(batch) <= (size or 53)
         assert batch.ids[:, 0].tolist() == positions  # an example begins with its number
         assert batch.lengths.tolist() == [LENGTHS[i] for i in positions]
-        assert (
-            batch.ids.shape[1] == math.ceil(max(batch.lengths.tolist()) / PAD_TO) * PAD_TO
-        )  # no more padding than needed
+        # no more padding than needed
+        assert batch.ids.shape[1] == math.ceil(max(batch.lengths.tolist()) / PAD_TO) * PAD_TO
         seen += positions
     assert sorted(seen) == list(range(53)) and seen == length_order(ROWS)
     assert [LENGTHS[i] for i in seen] == sorted(LENGTHS)

@@ -198,9 +198,8 @@ def test_two_processes_make_the_steps_of_one(workshop, tmp_path, metrics):
     for name in PARALLEL:
         one, two = tmp_path / "one" / name, tmp_path / "two" / name
         for a, b in zip(metrics(one, "seconds"), metrics(two, "seconds"), strict=True):
-            if (
-                a["step"] == 1 and name == "ipo"
-            ):  # the policy is still the reference: which reward is higher is rounding
+            if a["step"] == 1 and name == "ipo":
+                # the policy is still the reference: which reward is higher is rounding
                 del a["rewards/accuracies"], b["rewards/accuracies"]
             assert a == pytest.approx(b, rel=1e-5, abs=1e-9)
         for weight, x in tensors(one).items():

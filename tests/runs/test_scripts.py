@@ -27,7 +27,7 @@ from nanopost.config import UserError, flag
 from nanopost.data import Batch, Example, load_examples, load_pairs
 from nanopost.model import GPT, GPTConfig
 from nanopost.reward import score_examples
-from nanopost.run import Run, adamw
+from nanopost.run import AdamW, Run, adamw
 from nanopost.sampling import sample_text
 from train_ppo import Models, policy_loss, value_loss
 
@@ -222,18 +222,23 @@ def test_the_optimizer_makes_the_steps_of_pytorchs_own_and_its_state_is_the_same
             optimizer.step()
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
     assert not any(x.requires_grad for state in optimizers[0].state.values() for x in state.values())
-    for i, state in optimizers[1].state_dict()["state"].items():
-        assert all(torch.equal(optimizers[0].state_dict()["state"][i][name], x) for name, x in state.items())
-    optimizers[0].load_state_dict(optimizers[1].state_dict())
-    optimizers[0].step()
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    assert states[0].keys() == states[1].keys() == {0, 1}
+    assert all(torch.equal(states[0][i][name], x) for i, state in states[1].items() for name, x in state.items())
+    fresh = adamw(ours.parameters(), 0.1, weight_decay=0.3)
+    fresh.load_state_dict(optimizers[1].state_dict())
+    for optimizer in (fresh, optimizers[1]):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
 
 
-def test_a_run_does_not_import_pytorchs_compiler(workshop, tmp_path):
+@pytest.mark.parametrize("script", rest_slow(SCRIPTS))
+def test_a_run_does_not_import_pytorchs_compiler(script, workshop, tmp_path):
     """It would take two seconds at the start of every run."""
     arguments = []
-    for name, value in vars(workshop.config("sft", tmp_path / "out", steps=2)).items():
+    for name, value in vars(workshop.config(script, tmp_path / "out", steps=2)).items():
         arguments += [flag(name if value else f"no_{name}")] if isinstance(value, bool) else [flag(name), str(value)]
-    code = "import runpy, sys; runpy.run_path('train_sft.py', run_name='__main__'); "
+    code = f"import runpy, sys; runpy.run_path('train_{script}.py', run_name='__main__'); "
     code += "sys.exit('torch._dynamo' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "wrote" in run.stdout, run.stderr
@@ -250,7 +255,7 @@ def test_optimizer_and_options_have_the_defaults_of_the_field(script, workshop, 
     monkeypatch.setattr(Run, "start", watch)
     workshop.run(script, tmp_path / "out", steps=1, valid="")
     [optimizer] = optimizers
-    assert isinstance(optimizer, torch.optim.AdamW)
+    assert type(optimizer) is AdamW
     options = {field.name: field.default for field in dataclasses.fields(workshop.module(script).Config)}
     for group in optimizer.param_groups:
         actual = options | {name: group[name] for name in ("betas", "eps", "weight_decay")}

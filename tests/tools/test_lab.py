@@ -81,6 +81,17 @@ def test_every_command_of_an_experiment_is_short_in_quick_mode(name):
                 assert re.search(r"--(steps|epochs) \S", command), command
 
 
+@pytest.mark.parametrize("name", ["bugs", "where_the_kl_stands"])
+def test_every_mistake_that_an_experiment_plants_changes_its_script(name):
+    commands = "\n".join(importlib.import_module(name).ARMS.values())
+    edits = set(re.findall(r"^sed '(.*)' (\S+) > ", commands, flags=re.MULTILINE))
+    assert edits
+    for edit, script in edits:
+        text = subprocess.run(["sed", edit, script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert text != (ROOT / script).read_text(encoding="utf-8"), edit
+        compile(text, script, "exec")
+
+
 # -------------------------------------------------------------------------------------------------------- the harness
 
 
