@@ -50,6 +50,7 @@ BOOK, FIGURES = ROOT / "lab" / "README.md", ROOT / "lab" / "figures"
 CODE = "train_*.py", "forks/*.py", "nanopost/*.py", "nanopost/tools/evaluate.py", "data/notes/*.py"  # of all runs
 START = ("base", "sft", "prefs/train.jsonl", "rm", "dpo", "ppo")  # what quickstart leaves
 QUICK = {r"--epochs \S+": "--steps 4", r"--steps \d+": "--steps 2", r"--(pairs|limit) \d+": r"--\1 24"}
+QUICK |= {r"--init \$start/base": "--init $start/sft"}  # a base model does not learn to end its answers in 4 steps
 QUICK |= {r"--n \d+": "--n 4", r"--samples \d+": "--samples 2", r"--keep-every \d+": "--keep-every 1"}
 
 
