@@ -92,7 +92,10 @@ def judge(results):
         f"256 three models {agree['difference']:+.2f} over one ({agree['low']:+.2f} to {agree['high']:+.2f})."
     )
     claims = [fall["verdict"] == "a", more["verdict"] == "b", agree["verdict"] == "b"]
-    why += "" if claims[0] else " Gold levels off and does not fall, so that agreement has nothing to cure."
+    if not claims[0]:
+        why += (
+            f" Whether gold falls or only levels off is open: {fall['low']:+.2f} to {fall['high']:+.2f} for 150 pairs."
+        )
     return (REPLICATES if all(claims) else IN_PART if any(claims) else NOT_HERE), why
 
 

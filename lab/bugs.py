@@ -76,8 +76,11 @@ def judge(results):
             (silent if score["difference"] > -0.4 * fmean(right["score"]) else seen).append(what)
         elif row is not right:
             cheap.append(what)
-    why = f"Costly, and the score does not show it: {'; '.join(silent) or 'none'}. Costly, and it does: "
-    why += f"{'; '.join(seen) or 'none'}. Less than one point of gold: {'; '.join(cheap) or 'none'}."
+    lists = ["; ".join(arms) or "none" for arms in (silent, seen, cheap)]
+    why = (
+        f"Costly, and the score does not show it: {lists[0]}. Costly, and it does: {lists[1]}. Less than one point of "
+    )
+    why += f"gold, or too few seeds to tell: {lists[2]}."
     return (REPLICATES if len(silent) > len(seen) else IN_PART if silent else NOT_HERE), why
 
 

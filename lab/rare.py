@@ -4,7 +4,7 @@
 push bad answers down, beat the imitation of good ones (Tajwar et al., arXiv 2404.14367). PPO beats DPO there (Xu et
 al., arXiv 2404.10719).
 
-The requests are sums of three numbers, and a program knows the result. The SFT model gets about one in six right.
+The requests are sums of three numbers, and a program knows the result. The SFT model gets about one in seven right.
 Every method may have 3,840 answers judged by the program. ReST imitates the right ones, DPO prefers a right one to a
 wrong one: both learn from what the SFT model said, four answers to each of 960 requests. PPO and RLOO
 (`forks/train_grpo.py`, eight answers to a request) sample as they learn. Best of 16 is chosen by the reward model of
@@ -79,7 +79,7 @@ def judge(results):
     )
     won = [over_dpo["verdict"] == "b", over_rest["verdict"] == "b" and over_rest["difference"] > 0.05]
     if won[0] and not won[1]:
-        why += "PPO beats DPO, but it is no better than imitation: one right answer in six is enough to imitate."
+        why += "PPO beats DPO, but it is no better than imitation: few right answers are enough to imitate."
     return (REPLICATES if all(won) else IN_PART if any(won) else NOT_HERE), why
 
 
