@@ -77,7 +77,7 @@ def answer_logprobs(model, batch):
 def pair_logprobs(model, pairs, device, batch_size=0):
     """log pi(y|x) of both sides of B pairs: chosen (B,), rejected (B,). Of the 2B sides, at most batch_size go through
     the model together; 0: half of them."""
-    return map_pairs(lambda batch: answer_logprobs(model, batch), pairs, device, batch_size)
+    return map_pairs(lambda batch: answer_logprobs(model, batch), pairs, batch_size, device)
 
 
 @torch.no_grad()

@@ -62,7 +62,7 @@ def pairwise_loss(chosen, rejected):
 def score_pairs(model, pairs, device, batch_size=0):
     """The rewards of both sides of B pairs: chosen (B,), rejected (B,). Of the 2B sides, at most batch_size go through
     the model together; 0: half of them."""
-    return map_pairs(lambda batch: model.score(batch.ids, batch.lengths), pairs, device, batch_size)
+    return map_pairs(lambda batch: model.score(batch.ids, batch.lengths), pairs, batch_size, device)
 
 
 def update(run, model, optimizer, pairs, config):

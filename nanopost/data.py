@@ -197,7 +197,7 @@ def map_batches(function, rows: list[Example], size: int, device) -> torch.Tenso
     return torch.cat(parts)[to_device(back, parts[0].device)]
 
 
-def map_pairs(function, pairs: list[Pair], device, size: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+def map_pairs(function, pairs: list[Pair], size: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """function(batch) -> (B, ...) of both sides of P pairs: chosen (P, ...), rejected (P, ...).
 
     At most `size` sides go through it together; 0: half of them, the shorter ones, then the longer ones. The two sides

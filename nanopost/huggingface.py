@@ -104,7 +104,7 @@ def read(name: str) -> tuple[dict, dict[str, torch.Tensor]]:
     state |= {key: tensor.t() for key, tensor in state.items() if key.endswith(CONV1D)}
     if reward:
         state |= {"head.weight": state.pop("score.weight"), "head.bias": torch.zeros(1)}
-    positions = config.n_positions // 8 * 8  # block_size must be one of these
+    positions = config.n_positions // 8 * 8  # GPTConfig wants a multiple of 8
     state["wpe.weight"] = state["wpe.weight"][:positions]
     fields = ("vocab_size", "n_layer", "n_head", "n_embd")
     sizes = {field: getattr(config, field) for field in fields}

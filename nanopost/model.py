@@ -41,7 +41,7 @@ class GPTConfig:
     """The sizes of a model. Raises UserError for sizes that do not fit together."""
 
     vocab_size: int = 50262  # real tokens; the matrix has more rows (a multiple of 64), which never get probability
-    block_size: int = 1024  # the longest sequence, in tokens; a multiple of 8
+    block_size: int = 1024  # the longest sequence, in tokens; a multiple of 8, and so of data.PAD_TO
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768

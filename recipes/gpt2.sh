@@ -9,9 +9,10 @@
 #
 # Memory, by arithmetic and not yet measured: 2 GB for weights, gradients and moments (PPO with its critic, reference
 # and reward model: 5 GB), 0.3 MB per token of a micro-batch, up to 0.6 MB more per target (fp32 logits and what the
-# loss makes of them), and in PPO 37 kB per token of --batch-size answers for keys and values, half of them at a
-# time. --micro-batch bounds all but the last, and changes nothing else. 16 is for 24 GB where few tokens are targets
-# (for long answers take 8), 4 for 16 GB, and there PPO wants --batch-size 32; 80 GB hold 32. The longest batch decides.
+# loss makes of them), and in PPO 37 kB per token of the answers that are sampled together, for keys and values: all of a
+# small --batch-size, half of 128, a quarter of 256. --micro-batch bounds all but the last, and changes nothing else. 16
+# is for 24 GB where few tokens are targets (for long answers take 8), 4 for 16 GB, and there PPO wants --batch-size 32;
+# 80 GB hold 32. The longest batch decides.
 set -e
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True} # lengths vary: less fragmentation
 python=${PYTHON:-python} data=${DATA:-data/hh} init=${INIT:-gpt2} out=${OUT:-out/gpt2}

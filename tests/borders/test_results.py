@@ -191,6 +191,27 @@ def test_the_speeds_come_with_the_profile_where_there_is_one(tmp_path):
     assert "2,000" in page.sections["Speed"] and "operations" not in page.sections["Speed"]
 
 
+def test_each_reward_model_has_a_row_with_its_own_numbers(tmp_path, monkeypatch):
+    def report(folder, name="report.json"):
+        x = {"seed0": 0.5, "report20.json": 0.6, "report50.json": 0.7, "pairs": 0.8}
+        x = x[name if folder.name == "contrast" else folder.name]
+        return {"rm_accuracy": x, "reads_prompt": x + 0.01}, {"sft best of 4": {"gold": 10 * x}}
+
+    monkeypatch.setattr(tables, "read_report", report)
+    monkeypatch.setattr(tables, "pipeline_rows", report)
+    page = tables.Page()
+    tables.other_pairs(page, tmp_path)
+    [text] = page.sections.values()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "%" in line]
+    assert rows == [
+        ["as in quickstart", "50.0%", "51%", "5.00"],
+        ["20% for contrast", "60.0%", "61%", "6.00"],
+        ["50% for contrast", "70.0%", "71%", "7.00"],
+        ["four times as many", "80.0%", "81%", "8.00"],
+    ]
+    assert page.numbers["pairs40000.accuracy"] == "80.0%" and page.numbers["contrast50.reads_prompt"] == "71%"
+
+
 def test_what_was_not_measured_stays_as_it_was(capsys):
     sections = ["# Results", "## The pipeline\n\nOld.", "## Real instructions\n\nBefore.\n\n| a |", "## Speed\n\nFast."]
     earlier = "\n\n".join([*sections, quotes.write_list("legend", {"ppo.gold": "1.00", "instructions.kl": "2.7"})])

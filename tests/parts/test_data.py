@@ -528,21 +528,21 @@ def test_map_batches_lets_gradients_through():
 @pytest.mark.parametrize("size", [0, 5, 200])
 def test_map_pairs_gives_both_sides_in_the_order_of_the_pairs(size):
     pairs = [Pair(a, b) for a, b in zip(ROWS, ROWS[::-1])]
-    chosen, rejected = map_pairs(lambda batch: batch.ids[:, 0], pairs, "cpu", size)
+    chosen, rejected = map_pairs(lambda batch: batch.ids[:, 0], pairs, size, "cpu")
     assert chosen.tolist() == list(range(53)) and rejected.tolist() == list(range(52, -1, -1))
 
 
 def test_map_pairs_takes_the_shorter_sides_and_then_the_longer_ones():
     batches = []
     pairs = [Pair(a, b) for a, b in zip(ROWS[:26], ROWS[26:52])]
-    map_pairs(lambda batch: batches.append(batch) or batch.lengths, pairs, "cpu")
+    map_pairs(lambda batch: batches.append(batch) or batch.lengths, pairs, 0, "cpu")
     assert [len(batch) for batch in batches] == [26, 26]
     assert batches[0].lengths.tolist() + batches[1].lengths.tolist() == sorted(LENGTHS[:52])
     assert batches[0].ids.shape[1] < batches[1].ids.shape[1]
 
 
 def test_map_pairs_of_no_pairs_is_two_empty_sides():
-    chosen, rejected = map_pairs(lambda batch: batch.lengths, [], "cpu", 4)
+    chosen, rejected = map_pairs(lambda batch: batch.lengths, [], 4, "cpu")
     assert len(chosen) == len(rejected) == 0
 
 

@@ -96,7 +96,7 @@ REWARD_MODEL = {
     ],
     "train_rm.score_pairs": [
         ("the reward of the first token", "batch.lengths)", "torch.ones_like(batch.lengths))"),
-        ("the sides swapped", "batch_size)", "batch_size)[::-1]"),
+        ("the sides swapped", "batch_size, device)", "batch_size, device)[::-1]"),
     ],
     "train_rm.update": [
         (
@@ -162,7 +162,7 @@ DPO = {
         ("the first token left out", "batch.index)", "batch.index[torch.isin(batch.index, batch.index + 1)])"),
         ("the prompt's tokens counted too", "batch.index)", "torch.arange(batch.mask.numel()))"),
     ],
-    "train_dpo.pair_logprobs": [("the sides swapped", "batch_size)", "batch_size)[::-1]")],
+    "train_dpo.pair_logprobs": [("the sides swapped", "batch_size, device)", "batch_size, device)[::-1]")],
     "train_dpo.reference_logprobs": [("chosen and rejected swapped", "dim=1)", "dim=1).flip(1)")],
     "train_dpo.batch_loss": [
         ("beta not handed on", "config.beta,", "0.1,"),
@@ -658,7 +658,7 @@ IPO = {
         ("the mean over the answer's tokens", ".sum(1)", ".sum(1).div(batch.mask.sum(1))"),
         ("the end token left out", "batch.index)", "batch.index[torch.isin(batch.index, batch.index - 1)])"),
     ],
-    "train_ipo.pair_logprobs": [("the sides swapped", "batch_size)", "batch_size)[::-1]")],
+    "train_ipo.pair_logprobs": [("the sides swapped", "batch_size, device)", "batch_size, device)[::-1]")],
     "train_ipo.batch_loss": [
         ("beta not handed on", "config.beta,", "0.1,"),
         ("label smoothing not handed on", "config.label_smoothing", "0.0"),
