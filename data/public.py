@@ -18,10 +18,8 @@ import sys
 from http.client import HTTPException
 from pathlib import Path
 
-import torch
-
-from nanopost.checkpoint import atomic
 from nanopost.config import UserError
+from nanopost.files import atomic
 from nanopost.records import Drop, parse_records, require
 
 
@@ -53,6 +51,8 @@ def download(url: str, folder: str) -> str:
         print(f"{path} is already there and is not downloaded again")
         return path
     os.makedirs(os.path.dirname(path), exist_ok=True)
+    import torch  # not above: it takes two seconds, and data/notes downloads nothing
+
     try:
         torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())
     except (OSError, HTTPException) as error:

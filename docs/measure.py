@@ -16,9 +16,10 @@ import torch
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "data", "notes")]
 import gold  # noqa: E402
-from nanopost.checkpoint import atomic, freeze, load_model  # noqa: E402
+from nanopost.checkpoint import freeze, load_model  # noqa: E402
 from nanopost.config import cli  # noqa: E402
 from nanopost.data import Batch, collate, load_examples, load_pairs, load_prompts  # noqa: E402
+from nanopost.files import atomic  # noqa: E402
 from nanopost.records import read_records  # noqa: E402
 from nanopost.reward import score_examples  # noqa: E402
 from nanopost.sampling import generate, sample_text  # noqa: E402
@@ -136,8 +137,6 @@ def gap(reward_model, tokenizer, path: str) -> dict:
     """
     records = [record for _, record in read_records(path)]
     pairs = load_pairs(path, tokenizer, reward_model.config.block_size)
-    unique = {(r["prompt"], *sorted((r["chosen"], r["rejected"]))): (r, p) for r, p in zip(records, pairs, strict=True)}
-    records, pairs = zip(*unique.values())  # each pair was judged many times
     chosen, rejected = (
         score_examples(reward_model, [getattr(p, side) for p in pairs]) for side in ("chosen", "rejected")
     )

@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from docs import quotes, runs, tables  # noqa: E402
-from nanopost.checkpoint import atomic  # noqa: E402
 from nanopost.config import UserError, at_least, cli  # noqa: E402
+from nanopost.files import atomic  # noqa: E402
 
 RESULTS = ROOT / "docs" / "results.md"
 

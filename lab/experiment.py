@@ -36,8 +36,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path += [str(ROOT), str(ROOT / "data" / "notes")]  # for docs/, and the gold reward
 from docs.runs import conditions  # noqa: E402
 from gold import score  # noqa: E402
-from nanopost.checkpoint import atomic, load_model  # noqa: E402
+from nanopost.checkpoint import load_model  # noqa: E402
 from nanopost.config import UserError, cli  # noqa: E402
+from nanopost.files import atomic  # noqa: E402
 from nanopost.paired import compare  # noqa: E402
 from nanopost.resume import fingerprint, meaning  # noqa: E402
 from nanopost.reward import load_reward  # noqa: E402

@@ -228,13 +228,7 @@ def load_pairs(path: str, tokenizer, block_size: int = 10**9, limit: int | None 
     """The pairs of a file of preferences, as load_examples. Two equal sides teach nothing: such pairs are dropped."""
 
     def encode(where, record):
-        record = with_prompt(where, record)
-        pair = Pair(*(encode_answer(tokenizer, where, record, side) for side in ("chosen", "rejected")))
-        if len(pair) > block_size:
-            raise Drop(f"longer than {block_size} tokens")
-        if pair.chosen.ids == pair.rejected.ids:
-            raise Drop("with two equal sides")
-        return pair
+        return encode_pair(tokenizer, where, record, block_size)
 
     return convert(read_records(path), encode, path, "pairs", limit) if path else []
 
@@ -260,6 +254,17 @@ def encode_answer(tokenizer, where: str, record: dict, key: str) -> Example:
     prompt, _ = tokenizer.chat(conversation(where, record, "prompt", "user"))
     answer, mask = tokenizer.chat(conversation(where, record, key, "assistant"))
     return Example(prompt + answer, [False] * len(prompt) + mask)
+
+
+def encode_pair(tokenizer, where: str, record: dict, block_size: int) -> Pair:
+    """A record of two answers. Raises Drop if it is of no use."""
+    record = with_prompt(where, record)
+    pair = Pair(*(encode_answer(tokenizer, where, record, side) for side in ("chosen", "rejected")))
+    if len(pair) > block_size:
+        raise Drop(f"longer than {block_size} tokens")
+    if pair.chosen.ids == pair.rejected.ids:
+        raise Drop("with two equal sides")
+    return pair
 
 
 def encode_example(tokenizer, where: str, record: dict) -> Example:

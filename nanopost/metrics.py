@@ -5,8 +5,8 @@ import math
 import os
 import shutil
 
-from nanopost.checkpoint import atomic, naming
 from nanopost.config import UserError
+from nanopost.files import atomic, naming
 from nanopost.records import parse_json
 
 

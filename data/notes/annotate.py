@@ -4,9 +4,10 @@ For every prompt, two answers are sampled from the policy and judged by the gold
 
     P(first preferred) = sigma( (g(first) - g(second)) / temperature )                  Bradley-Terry
 
-Each training pair is judged by three annotators, and the majority decides. Of the held-out pairs every single judgement
-is kept. Nobody can predict such noisy labels every time: the best possible accuracy on them, the Bayes ceiling, is the
-mean of max(P, 1-P), reached by whoever knows g. It is printed with the number of pairs.
+Each training pair is judged by three annotators, and the majority decides; a held-out pair by one. Every record has the
+probability with which one annotator makes this choice: `nanopost evaluate` needs no more judgements to say how many the
+reward model would predict. Nobody can predict such noisy labels every time: the best possible accuracy, the Bayes
+ceiling, is the mean of max(P, 1-P), reached by whoever knows g. It is printed with the number of pairs.
 
     python data/notes/annotate.py --policy out/sft --out out/prefs
 """
@@ -38,7 +39,6 @@ class Config:
     pairs: int = 10000  # training pairs
     valid_pairs: int = 2000  # held-out pairs
     votes: int = 3  # annotators of each training pair, who vote: an odd number
-    annotators: int = 16  # judgements of each held-out pair, all kept: a steadier measure without more sampling
     temperature: float = 2.0  # noise of the annotator, in points of the gold reward
     contrast: float = 0.0  # share of the training pairs whose second answer belongs to another prompt of the family
     max_new_tokens: int = 80  # longest answer
@@ -46,7 +46,7 @@ class Config:
     device: str = "auto"  # auto, cpu, cuda, mps
 
     def __post_init__(self):
-        at_least(self, 1, "pairs", "valid_pairs", "votes", "annotators", "max_new_tokens")
+        at_least(self, 1, "pairs", "valid_pairs", "votes", "max_new_tokens")
         if self.temperature <= 0:
             raise UserError("--temperature must be above 0")
         if self.votes % 2 == 0:
@@ -60,12 +60,12 @@ def preference(first: float, second: float, temperature: float) -> float:
     return 1 / (1 + math.exp(-max(-50.0, min(50.0, (first - second) / temperature))))
 
 
-def label(prompts, answers, temperature, rng, votes=1, rounds=1):
+def label(prompts, answers, temperature, rng, votes=1):
     """Pairs of answers -> records for train_rm.py and train_dpo.py, as most of `votes` annotators prefer; `probability`
-    is that with which a single one makes this choice. All pairs are judged `rounds` times."""
+    is that with which a single one makes this choice."""
     firsts = score(prompts, [first for first, _ in answers])
     seconds = score(prompts, [second for _, second in answers])
-    for prompt, (first, second), gold_first, gold_second in [*zip(prompts, answers, firsts, seconds)] * rounds:
+    for prompt, (first, second), gold_first, gold_second in zip(prompts, answers, firsts, seconds):
         p = preference(gold_first, gold_second, temperature)
         if 2 * sum(rng.random() < p for _ in range(votes)) > votes:
             yield {"prompt": prompt, "chosen": first, "rejected": second, "probability": p}
@@ -88,9 +88,9 @@ def contrast(kept, families, share, rng):
     ]
 
 
-def annotate(policy, tokenizer, path, wanted, rounds, votes, seed, rng, config, share=0.0):
-    """The records of one file of prompts: `wanted` pairs of answers, each judged `rounds` times by annotators who vote;
-    `share` of the pairs are for contrast."""
+def annotate(policy, tokenizer, path, wanted, votes, seed, rng, config, share=0.0):
+    """The records of one file of prompts: `wanted` pairs of answers, each judged by annotators who vote; `share` of the
+    pairs are for contrast."""
     prompts, ids = load_prompts(path, tokenizer, policy.config.block_size - config.max_new_tokens)
     times = math.ceil(wanted / len(ids))  # more pairs than prompts: some prompts again, with other answers
     prompts, ids = (prompts * times)[:wanted], (ids * times)[:wanted]
@@ -104,7 +104,7 @@ def annotate(policy, tokenizer, path, wanted, rounds, votes, seed, rng, config, 
         kept = [(prompt, (first, second)) for prompt, (first, second) in kept if first != second]
     prompts, pairs = zip(*kept)
     try:
-        records = list(label(prompts, pairs, config.temperature, rng, votes, rounds))
+        records = list(label(prompts, pairs, config.temperature, rng, votes))
     except ValueError as error:
         raise UserError(f"{path}: the gold reward cannot judge it: {error}") from None
     return records, len(kept), wanted - len(kept)
@@ -117,16 +117,14 @@ def main(config: Config):
     os.makedirs(config.out, exist_ok=True)  # first: a folder that cannot be made is noticed before the sampling
     files, report = {}, []
     train = annotate(
-        policy, tokenizer, config.prompts, config.pairs, 1, config.votes, config.seed, rng, config, config.contrast
+        policy, tokenizer, config.prompts, config.pairs, config.votes, config.seed, rng, config, config.contrast
     )
-    valid = annotate(
-        policy, tokenizer, config.valid_prompts, config.valid_pairs, config.annotators, 1, config.seed + 1, rng, config
-    )
+    valid = annotate(policy, tokenizer, config.valid_prompts, config.valid_pairs, 1, config.seed + 1, rng, config)
     for name, (records, kept, dropped) in (("train", train), ("valid", valid)):
         files[f"{name}.jsonl"] = map(json.dumps, records)
         report.append(f"{config.out}/{name}.jsonl: {kept:,} pairs (dropped {dropped} unfinished, empty or equal)")
     ceiling = sum(max(r["probability"], 1 - r["probability"]) for r in records) / len(records)
-    report[1] += f"; no reward model can agree with more than {ceiling:.1%} of the {len(records):,} judgements of them"
+    report[1] += f"; no reward model can agree with more than {ceiling:.1%} of all judgements of them"
     write_files(config.out, files)
     print("\n".join(report))
 

@@ -2,7 +2,7 @@
 
     python data/notes/prepare.py
 
-The files are described in README.md and depend on the seed only. Takes about four seconds on one core.
+The files are described in README.md and depend on the seed only. Takes a few seconds on one core.
 """
 
 import base64

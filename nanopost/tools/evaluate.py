@@ -32,13 +32,14 @@ from pathlib import Path
 
 import torch
 
-from nanopost.checkpoint import atomic, load_model, same_vocabulary
+from nanopost.checkpoint import load_model, same_vocabulary
 from nanopost.config import UserError, at_least, clean
-from nanopost.data import Example, load_pairs, load_prompts, map_batches
+from nanopost.data import Example, encode_pair, load_prompts, map_batches, map_pairs
 from nanopost.device import find_device
+from nanopost.files import atomic
 from nanopost.reads_prompt import other_prompts, read_families, reads_prompt, wins
-from nanopost.records import read_records
-from nanopost.reward import call_reward, load_function, load_reward, load_reward_model, score_examples
+from nanopost.records import convert, read_records
+from nanopost.reward import call_reward, load_function, load_reward, load_reward_model
 from nanopost.sampling import sample_text
 from nanopost.tools import at, check_file, parse_temperatures
 from nanopost.tools.sample import best_of, kl_of_best_of
@@ -127,22 +128,22 @@ def summary(values: dict[str, torch.Tensor], samples: int = 1) -> dict:
 def pair_accuracy(model, tokenizer, path: str) -> tuple[float, float | None]:
     """The reward model's accuracy on labelled pairs, and the best possible accuracy where it is known.
 
-    It is known if the records have the `probability` of the label, as those of data/notes/annotate.py do. Raises
-    UserError if that is no probability.
+    Where a record has the `probability` of its label, as those of data/notes/annotate.py do, the pair counts with the
+    share of judgements that are as the reward model's: no chance is left in it, and the best is the mean of
+    max(p, 1-p). It is known if all records have one. Raises UserError if that is no probability.
     """
-    pairs = load_pairs(path, tokenizer, model.config.block_size)
-    sides = {tuple(side.ids): side for pair in pairs for side in (pair.chosen, pair.rejected)}  # each text once
-    scores = dict(zip(sides, score_examples(model, list(sides.values())).tolist()))
-    right = [scores[tuple(pair.chosen.ids)] > scores[tuple(pair.rejected.ids)] for pair in pairs]
-    probabilities = []
-    for where, record in read_records(path):
-        p = record.get("probability")
-        if isinstance(p, (int, float)) and 0 <= p <= 1:
-            probabilities.append(p)
-        elif "probability" in record:
+
+    def encode(where, record):
+        p = record.get("probability", 1.0)
+        if not isinstance(p, (int, float)) or not 0 <= p <= 1:
             raise UserError(f"{where}: probability must be a number between 0 and 1, not {json.dumps(p)[:40]}")
-    ceiling = sum(max(p, 1 - p) for p in probabilities) / len(probabilities) if probabilities else None
-    return sum(right) / len(right), ceiling
+        return encode_pair(tokenizer, where, record, model.config.block_size), p, "probability" in record
+
+    pairs, p, known = zip(*convert(read_records(path), encode, path, "pairs"))
+    chosen, rejected = map_pairs(lambda batch: model.score(batch.ids, batch.lengths), pairs, 64, model.device)  # (P,)
+    p = torch.tensor(p, dtype=torch.float64)  # (P,)
+    right = torch.where(chosen > rejected, p, torch.where(chosen < rejected, 1 - p, 0.0)).mean().item()
+    return right, torch.maximum(p, 1 - p).mean().item() if all(known) else None
 
 
 def table(rows: list[dict]) -> str:

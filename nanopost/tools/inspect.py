@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 
-from nanopost.checkpoint import atomic, freeze, load_model, same_vocabulary
+from nanopost.checkpoint import freeze, load_model, same_vocabulary
 from nanopost.config import UserError, at_least, clean
 from nanopost.data import collate, load_examples, load_pairs, load_prompts
+from nanopost.files import atomic
 from nanopost.records import read_json
 from nanopost.reward import call_reward, load_function, load_reward
 from nanopost.tools import check_file

@@ -22,10 +22,11 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 
-from nanopost.checkpoint import atomic, load_model, same_vocabulary
+from nanopost.checkpoint import load_model, same_vocabulary
 from nanopost.config import UserError, at_least, clean
 from nanopost.data import load_prompts
 from nanopost.device import find_device
+from nanopost.files import atomic
 from nanopost.records import read_records
 from nanopost.sampling import sample_text
 from nanopost.tools import check_file, check_temperature, in_terminal, read_line

@@ -14,8 +14,8 @@ import math
 import os
 from dataclasses import dataclass
 
-from nanopost.checkpoint import atomic
 from nanopost.config import UserError, clean
+from nanopost.files import atomic
 from nanopost.records import parse_records
 from nanopost.tools import at
 

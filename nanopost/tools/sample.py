@@ -17,10 +17,11 @@ from statistics import fmean
 import torch
 from tqdm import tqdm
 
-from nanopost.checkpoint import atomic, load_model
+from nanopost.checkpoint import load_model
 from nanopost.config import UserError, at_least
 from nanopost.data import load_prompts, micro_batches
 from nanopost.device import find_device
+from nanopost.files import atomic
 from nanopost.reward import load_reward
 from nanopost.sampling import sample_text
 from nanopost.tools import check_file, check_temperature

@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from nanopost.checkpoint import atomic
 from nanopost.config import UserError, at_least, clean, flag
+from nanopost.files import atomic
 from nanopost.huggingface import is_pretrained
 from nanopost.paired import at_equal_kl, compare
 from nanopost.tools import check_file, evaluate

@@ -149,7 +149,7 @@ def test_the_gap_below_the_best_accuracy_goes_to_the_parts_that_were_not_seen(li
         "rejected": greeted,
         "probability": 0.6,
     }
-    again = first | {"chosen": greeted, "rejected": closed, "probability": 0.4}  # the same pair, judged once more
+    again = first | {"chosen": greeted, "rejected": closed, "probability": 0.4}  # the same pair, labelled otherwise
     second = first | {"chosen": slipped, "rejected": greeted, "probability": 0.1}
     rewards = {text: i for i, text in enumerate((closed, greeted, slipped))}  # both pairs the wrong way round
 
@@ -159,7 +159,8 @@ def test_the_gap_below_the_best_accuracy_goes_to_the_parts_that_were_not_seen(li
 
     monkeypatch.setattr(measure, "score_examples", score_examples)
     model = SimpleNamespace(config=SimpleNamespace(block_size=512))
-    gap = measure.gap(model, tokenizer, lines([first, again, second]))
+    gap = measure.gap(model, tokenizer, lines([first, second]))
+    assert measure.gap(model, tokenizer, lines([again, second])) == gap
     # 0.6 - 0.4 of the first pair's judgements for the closing; 0.9 - 0.1 of the second's for no slip and a greeting
     assert gap["pairs"] == 2 and gap["total"] == pytest.approx(100 * (0.2 + 0.8) / 2)
     assert gap["parts"] == pytest.approx({"unknown": 40 * 1.7 / 2.7, "greeting": 40 * 1 / 2.7, "closing": 10})

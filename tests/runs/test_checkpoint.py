@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from conftest import assert_same_tensors, contents, one_line, tensors
-from nanopost.checkpoint import atomic, freeze, load_model, same_vocabulary, save_model
+from nanopost.checkpoint import freeze, load_model, same_vocabulary, save_model
 from nanopost.config import UserError
+from nanopost.files import atomic
 from nanopost.model import GPT, GPTConfig
 from nanopost.tokenizer import Tokenizer
 

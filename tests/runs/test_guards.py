@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from conftest import ROOT, SCRIPTS, Killed, assert_same_tensors, contents, copies, die_after, one_line, rest_slow
-from nanopost.checkpoint import Folder, atomic, load_file, load_model
+from nanopost.checkpoint import Folder, load_file, load_model
 from nanopost.config import UserError, clean, cli, parse
 from nanopost.config import one_line as on_one_line
+from nanopost.files import atomic
 from nanopost.model import GPTConfig
 from nanopost.resume import load_optimizer
 from nanopost.run import Options, Run, adamw

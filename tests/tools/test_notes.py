@@ -450,6 +450,12 @@ def test_the_files_depend_on_nothing_but_the_seed(tmp_path):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
+def test_the_world_is_made_and_judged_without_importing_pytorch():
+    """It takes longer than half of the rest."""
+    code = "import sys; sys.path.insert(0, 'data/notes'); import prepare, gold; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_the_files_have_the_promised_sizes_and_keys(data):
     for name, size in SMALL.items():
         assert len(data[name.lower() + ".jsonl"]) == size
@@ -695,18 +701,18 @@ def test_a_mistake_with_a_generator_is_told_in_one_line(command, tmp_path, scrip
 
 
 def test_the_annotator_prefers_by_the_gold_reward(workshop, tmp_path, data, lines, monkeypatch):
-    """Two answers to each of the world's own prompts, one perfect, one with a writer's defects."""
+    """Two answers to each of the world's own prompts, one perfect, one with a writer's defects, 25 times."""
     rows, rng = data["prompts_train.jsonl"][:40], random.Random(9)
     slots = [gold.read_prompt(row["prompt"])[1] for row in rows]
-    texts = [perfect_answer(rng, row["family"], s) for row, s in zip(rows, slots)]
-    texts += [prepare.answer(rng, row["family"], s) for row, s in zip(rows, slots)]
+    texts = [perfect_answer(rng, row["family"], s) for row, s in zip(rows, slots)] * 25
+    texts += [prepare.answer(rng, row["family"], s) for row, s in zip(rows, slots)] * 25
     answers = [Example([0], [True], text, ended=True) for text in texts]
     monkeypatch.setattr(annotate, "load_prompts", lambda *_: ([row["prompt"] for row in rows], [[0]] * len(rows)))
     monkeypatch.setattr(annotate, "sample_text", lambda policy, tokenizer, prompts, *_, seed: answers)
-    options = dict(policy=workshop.path("sft"), out=str(tmp_path), device="cpu", pairs=40, valid_pairs=40)
-    annotate.main(annotate.Config(**options, annotators=25))
+    options = dict(policy=workshop.path("sft"), out=str(tmp_path), device="cpu", pairs=1000, valid_pairs=1000)
+    annotate.main(annotate.Config(**options))
     train, valid = ([json.loads(line) for line in (tmp_path / f"{n}.jsonl").open()] for n in ("train", "valid"))
-    assert 30 < len(train) <= 40 and len(valid) == 25 * len(train)  # two equal answers are dropped
+    assert 750 < len(train) <= 1000 and len(valid) == len(train)  # two equal answers are dropped
     better = 0
     for record in valid:
         chosen, rejected = gold.score([record["prompt"]] * 2, [record["chosen"], record["rejected"]])

@@ -104,7 +104,6 @@ BAD = [
     ("alpaca", "--valid nan", None, "--valid"),
     ("hh", "--valid ''", None, "--valid"),
     ("annotate", "--pairs 0", None, "--pairs"),
-    ("annotate", "--annotators 0", None, "--annotators"),
     ("annotate", "--temperature nan", None, "--temperature"),
     ("annotate", "--policy nowhere", None, "nowhere"),
     ("sums", "--outt x", None, "--outt"),
