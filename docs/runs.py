@@ -32,13 +32,14 @@ PREPARE = "$python data/notes/prepare.py\n"
 # after quickstart, in its folder: PPO without a penalty, a picture of all kept copies, and PPO without a critic
 HACKED = """
 $python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --critic $OUT/rm --beta 0 \\
-    --steps 30 --keep-every 5 --out $OUT/ppo-beta0
+    --steps 30 --epochs 1 --minibatches 8 --keep-every 5 --out $OUT/ppo-beta0
 $python -m nanopost evaluate $OUT/sft $OUT/dpo/step-* $OUT/ppo/step-* $OUT/ppo-beta0/step-* --reference $OUT/sft \\
     --reward $OUT/rm --gold data/notes/gold.py:score --limit 200 --samples 1 --show 0 --json $OUT/kl.json
 $python -m nanopost plot $OUT/kl.json --out $OUT/plots || echo "(no pictures)"
 $python -m nanopost evaluate $OUT/ppo-beta0 --reference $OUT/sft --reward $OUT/rm --gold data/notes/gold.py:score \\
     --json $OUT/hacked.json
-$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --steps 30 --out $OUT/ppo-trunk
+$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --steps 30 --epochs 1 \\
+    --minibatches 8 --out $OUT/ppo-trunk
 $python -m nanopost evaluate $OUT/ppo-trunk --reference $OUT/sft --reward $OUT/rm --gold data/notes/gold.py:score \\
     --json $OUT/trunk.json
 """

@@ -35,8 +35,10 @@ $python train_dpo.py $common --init $out/sft --data $out/prefs/train.jsonl --val
     --beta 0.3 --label-smoothing 0.1 --keep-every 50 --out $out/dpo
 
 stage "RLHF, second half: PPO against the reward model" 16
-# --critic: on the policy's own trunk, the value loss would disturb what speaks
-$python train_ppo.py $common --init $out/sft --reward $out/rm --critic $out/rm --steps 30 --keep-every 5 --out $out/ppo
+# --critic: on the policy's own trunk, the value loss would disturb what speaks. One pass over the answers in eight small
+# steps teaches as much as two passes in four, and takes less time
+$python train_ppo.py $common --init $out/sft --reward $out/rm --critic $out/rm --steps 30 --epochs 1 --minibatches 8 \
+    --keep-every 5 --out $out/ppo
 
 stage "the result, on held-out prompts, by the true reward that no training saw" 8
 $python -m nanopost evaluate $out/sft $out/dpo $out/ppo --reference $out/sft --reward $out/rm \
@@ -45,7 +47,7 @@ $python -m nanopost evaluate $out/sft $out/dpo $out/ppo --reference $out/sft --r
 
 stage "PPO without a penalty, briefly: how the reward model is hacked" 6
 $python train_ppo.py $common --init $out/sft --reward $out/rm --critic $out/rm --beta 0 --lr 2e-3 --steps 18 \
-    --batch-size 64 --keep-every 3 --out $out/hacked
+    --epochs 1 --minibatches 8 --batch-size 64 --keep-every 3 --out $out/hacked
 
 stage "a page that shows every token of the answers: open it in a browser" 4
 $python -m nanopost inspect $out/sft $out/dpo $out/ppo $out/hacked $out/base --reference $out/sft --reward $out/rm \

@@ -125,6 +125,13 @@ def perfect(rng, family: str, slots: dict) -> list[tuple[str, str]]:
     return [(act, template or rng.choice(ACTS[act])) for act, template in plan]
 
 
+def facts_in_turn(rng, topic: str, count: int) -> list[str]:
+    """Facts about the topic as people tell them: the next one of the table after each, the first after the last."""
+    facts = FACTS[topic]
+    first = rng.randrange(len(facts))
+    return [facts[(first + i) % len(facts)] for i in range(count)]
+
+
 def another(rng, slot: str, value: str) -> str:
     return rng.choice([filler for filler in FILLERS[slot.rstrip("12")] if filler != value])
 
@@ -135,7 +142,7 @@ def answer(rng, family: str, slots: dict, writers: str = "sft") -> str:
     slots = dict(complete(slots))
     plan = perfect(rng, family, slots)
     if family == "explain":
-        slots["pred1"], slots["pred2"] = rng.sample(FACTS[slots["topic"]], 2)
+        slots["pred1"], slots["pred2"] = facts_in_turn(rng, slots["topic"], 2)
     defects = {name for name, probabilities in DEFECTS.items() if rng.random() < probabilities[kind]}
 
     # wrong: the slots
@@ -207,7 +214,8 @@ def document(rng) -> str:
         story = ["one day {name} was {place}.", "{detail}.", "there {name} {deed}.", rng.choice(ACTS["summary"][:4])]
     elif form == "facts":
         _, slots = draw(rng, "explain")
-        story = [rng.choice(ACTS["fact"]).replace("{pred}", pred) for pred in rng.sample(FACTS[slots["topic"]], 3)]
+        facts = facts_in_turn(rng, slots["topic"], 3)
+        story = [rng.choice(ACTS["fact"]).replace("{pred}", fact) for fact in facts]
     else:
         story = []
         for _ in range(rng.choice((2, 3))):
