@@ -29,7 +29,8 @@ QUICKSTART = ROOT / "recipes" / "quickstart.sh"
 
 PREPARE = "$python data/notes/prepare.py\n"
 
-# after quickstart, in its folder: PPO without a penalty, a picture of all kept copies, and PPO without a critic
+# after quickstart, in its folder: PPO without a penalty, a picture of all kept copies, PPO without a critic, and PPO
+# with two passes over the answers of an iteration, in four steps each
 HACKED = """
 $python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --critic $OUT/rm --beta 0 \\
     --steps 30 --epochs 1 --minibatches 8 --keep-every 5 --out $OUT/ppo-beta0
@@ -40,8 +41,10 @@ $python -m nanopost evaluate $OUT/ppo-beta0 --reference $OUT/sft --reward $OUT/r
     --json $OUT/hacked.json
 $python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --steps 30 --epochs 1 \\
     --minibatches 8 --out $OUT/ppo-trunk
-$python -m nanopost evaluate $OUT/ppo-trunk --reference $OUT/sft --reward $OUT/rm --gold data/notes/gold.py:score \\
-    --json $OUT/trunk.json
+$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --critic $OUT/rm --steps 30 --epochs 2 \\
+    --minibatches 4 --out $OUT/ppo-two-passes
+$python -m nanopost evaluate $OUT/ppo-trunk $OUT/ppo-two-passes --reference $OUT/sft --reward $OUT/rm \\
+    --gold data/notes/gold.py:score --json $OUT/variants.json
 """
 
 BEST_OF_N = """

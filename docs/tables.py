@@ -119,7 +119,7 @@ def pipeline(page: Page, out: Path, stamps: dict):
     for seed in seeds:
         report, rows = pipeline_rows(out / seed)
         found = {}
-        for stage, row in (rows | read_report(out / seed, "trunk.json")[1]).items():
+        for stage, row in (rows | read_report(out / seed, "variants.json")[1]).items():
             found |= {f"{number_name(stage)}.{column}": value for column, value in values(row).items()}
         start, best = rows["sft"]["gold"], report["gold_max"]
         for stage in ("sft@0", "sft best of 4", "dpo", "ppo"):
@@ -129,15 +129,15 @@ def pipeline(page: Page, out: Path, stamps: dict):
         found["rm.reads_prompt"] = percent(report["reads_prompt"])
         prefix = "" if seed == "seed0" else f"{seed}."
         number |= {prefix + name: value for name, value in found.items()}
-        stages = ("sft", "sft-at-0", "sft-best-of-4", "dpo", "ppo", "ppo-trunk", "ppo-beta0")
+        stages = ("sft", "sft-at-0", "sft-best-of-4", "dpo", "ppo", "ppo-trunk", "ppo-two-passes", "ppo-beta0")
         gold = [found[f"{stage}.gold"] for stage in stages]
         gold = [f"{x} ({found[f'{stage}.way']})" if f"{stage}.way" in found else x for stage, x in zip(stages, gold)]
         kl = [found[f"{stage}.kl"] for stage in ("dpo", "ppo", "ppo-beta0")]
         distinct = [found[f"{stage}.distinct"] for stage in ("sft", "dpo", "ppo")]
         accuracy = f"{found['rm.accuracy']} of {found['rm.ceiling']}"
         lines.append([seed[4:], *gold, " / ".join(kl), " / ".join(distinct), accuracy, found["rm.reads_prompt"]])
-    head = ["seed", "SFT", "SFT, greedy", "best of 4", "DPO", "PPO", "on one trunk", "beta 0", "KL DPO / PPO / beta 0"]
-    head += ["distinct SFT / DPO / PPO", "RM's accuracy", "reads the prompt"]
+    head = ["seed", "SFT", "SFT, greedy", "best of 4", "DPO", "PPO", "on one trunk", "two passes", "beta 0"]
+    head += ["KL DPO / PPO / beta 0", "distinct SFT / DPO / PPO", "RM's accuracy", "reads the prompt"]
     number["quickstart.minutes"] = fixed(read_report(out / "seed0")[0]["seconds"] / 60, 1)
     _, rows = pipeline_rows(out / "seed0")
     page.section(
