@@ -12,18 +12,18 @@ stage() { # stage NAME SHARE: what begins now, its share of the whole in %, and 
     share=$((share + $2))
 }
 
-stage "the data: documents, demonstrations, prompts and the vocabulary" 3
+stage "the data: documents, demonstrations, prompts and the vocabulary" 2
 $python data/notes/prepare.py
 
-stage "pretraining: every token is a target" 15
+stage "pretraining: every token is a target" 16
 $python train_sft.py $common --init scratch --data data/notes/base_train.jsonl --valid data/notes/base_valid.jsonl \
     --lr 4e-3 --epochs 0.7 --out $out/base
 
-stage "SFT: imitate demonstrations, most of them curt" 18
+stage "SFT: imitate demonstrations, most of them curt" 20
 $python train_sft.py $common --init $out/base --data data/notes/sft_train.jsonl --valid data/notes/sft_valid.jsonl \
     --lr 2e-3 --epochs 1.6 --out $out/sft
 
-stage "preferences: two answers of the SFT model to each prompt, judged by the simulated annotator" 7
+stage "preferences: two answers of the SFT model to each prompt, judged by the simulated annotator" 8
 $python data/notes/annotate.py --seed $seed --policy $out/sft --out $out/prefs
 
 stage "RLHF, first half: a reward model learned from these preferences" 9
@@ -34,13 +34,13 @@ stage "DPO: the preferences without a reward model" 14
 $python train_dpo.py $common --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl \
     --beta 0.3 --label-smoothing 0.1 --keep-every 50 --out $out/dpo
 
-stage "RLHF, second half: PPO against the reward model" 16
+stage "RLHF, second half: PPO against the reward model" 14
 # --critic: on the policy's own trunk, the value loss would disturb what speaks. One pass over the answers in eight small
 # steps teaches as much as two passes in four, and takes less time
 $python train_ppo.py $common --init $out/sft --reward $out/rm --critic $out/rm --steps 30 --epochs 1 --minibatches 8 \
     --keep-every 5 --out $out/ppo
 
-stage "the result, on held-out prompts, by the true reward that no training saw" 8
+stage "the result, on held-out prompts, by the true reward that no training saw" 7
 $python -m nanopost evaluate $out/sft $out/dpo $out/ppo --reference $out/sft --reward $out/rm \
     --gold data/notes/gold.py:score --pairs $out/prefs/valid.jsonl --temperature 0,1 --best-of 4 --since $started \
     --json $out/report.json

@@ -1,4 +1,4 @@
-"""Write the data of the embedded world and the vocabulary trained on it: all files or none.
+"""Write the data of the embedded world and their vocabulary: all files or none.
 
     python data/notes/prepare.py
 
@@ -13,7 +13,6 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import pairwise
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # data/, for public.py
 import gold
@@ -40,7 +39,6 @@ BASE_TRAIN, BASE_VALID = 30_000, 500  # documents
 SFT_TRAIN, SFT_VALID = 20_000, 500  # records
 PROMPTS_TRAIN, PROMPTS_EVAL, PROMPTS_SHIFTED = 5_000, 500, 220  # distinct prompts
 TWO_TURNS = 0.08  # share of the SFT records that are conversations with two requests
-RANKS = 1018  # tokens, so that 6 special ones make 1024
 TRIES = 10_000  # draws in a row without success, after which there is nothing to be found
 
 # how often an answer has each defect, by the kind of its writer: most are curt, they leave out whatever they can; the
@@ -252,31 +250,12 @@ def distinct_prompts(rng, count: int, split: str) -> list[dict]:
     return [{"prompt": prompt, "family": family} for prompt, family in prompts.items()]
 
 
-def train_bpe(texts, ranks: int) -> list[bytes]:
-    """Byte-level byte-pair encoding: the tokens in the order of their ranks, the 256 single bytes first."""
-    pieces = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")  # GPT-2's pattern, for ASCII
-    counts = Counter(piece for text in texts for piece in pieces.findall(text))
-    words = {tuple(bytes([byte]) for byte in piece.encode()): count for piece, count in counts.items()}
-    tokens = [bytes([byte]) for byte in range(256)]
-    while len(tokens) < ranks:
-        pairs = Counter()
-        for word, count in words.items():
-            for pair in pairwise(word):
-                pairs[pair] += count
-        if not pairs:
-            break
-        a, b = max(pairs, key=lambda pair: (pairs[pair], pair))
-        tokens.append(a + b)
-        merged = {}
-        for word, count in words.items():
-            parts, i = [], 0
-            while i < len(word):
-                step = 2 if word[i : i + 2] == (a, b) else 1
-                parts.append(b"".join(word[i : i + step]))
-                i += step
-            merged[tuple(parts)] = count
-        words = merged
-    return tokens
+def vocabulary(texts) -> list[bytes]:
+    """The tokens in the order of their ranks: the 256 single bytes, then every word, the most common first. tiktoken
+    takes a word that is a token as it is; any other word becomes bytes."""
+    words = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")  # GPT-2's pattern, for ASCII
+    counts = Counter(word for text in texts for word in words.findall(text))
+    return [bytes([byte]) for byte in range(256)] + [word.encode() for word, _ in counts.most_common() if len(word) > 1]
 
 
 def main(config: Config):
@@ -294,10 +273,10 @@ def main(config: Config):
     sft = [row for row in files["sft_train.jsonl"] if "prompt" in row]
     texts = [row["text"] for row in files["base_train.jsonl"]]
     texts += [row[key] for row in sft for key in ("prompt", "completion")]
-    tokens = train_bpe(texts, RANKS)
+    tokens = vocabulary(texts)
     lines = {name: map(json.dumps, rows) for name, rows in files.items()}
-    vocabulary = (f"{base64.b64encode(token).decode()} {i}" for i, token in enumerate(tokens))
-    write_files(config.out, lines | {"vocab.tiktoken": vocabulary})
+    ranks = (f"{base64.b64encode(token).decode()} {i}" for i, token in enumerate(tokens))
+    write_files(config.out, lines | {"vocab.tiktoken": ranks})
 
     scores = gold.score([row["prompt"] for row in sft], [row["completion"] for row in sft])
     mean = sum(scores) / len(scores)

@@ -25,7 +25,8 @@ class Tokenizer {
     const ids = [];
     for (const [word] of text.matchAll(WORDS)) {
       const bytes = Array.from(new TextEncoder().encode(word), byte => String.fromCharCode(byte));
-      for (const token of this.merge(bytes)) ids.push(this.ranks.get(token));
+      const whole = bytes.join(""); // a word that is a token is taken as it is
+      for (const token of this.ranks.has(whole) ? [whole] : this.merge(bytes)) ids.push(this.ranks.get(token));
     }
     return ids;
   }
