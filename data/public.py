@@ -51,7 +51,7 @@ def download(url: str, folder: str) -> str:
         print(f"{path} is already there and is not downloaded again")
         return path
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    import torch  # not above: it takes two seconds, and data/notes downloads nothing
+    import torch  # not above: importing it takes two seconds, and data/notes downloads nothing
 
     try:
         torch.hub.download_url_to_file(url, path, progress=sys.stderr.isatty())

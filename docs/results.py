@@ -86,7 +86,7 @@ LEGEND = """\
 - STAGE.COLUMN: the tables above, seed 0; seedN.STAGE.COLUMN: another seed; STAGE.way: how much of the way from the SFT
   model's gold reward to the best possible; quickstart.minutes: on one thread, with seed 0
 - ppo-trunk: PPO without `--critic`, values and policy on one trunk, with as many answers
-- ppo-two-passes: PPO with two passes over the answers of an iteration, in four steps each (as is train_ppo.py's default)
+- ppo-two-passes: PPO with two passes over the answers of an iteration, in four steps each
 - STAGE-at-0: the model at temperature 0, that is greedy; sft-best-of-4: the best of 4 of the SFT model's answers by the
   reward model's score; rm.reads_prompt: how often that score is higher under an answer's own prompt than under another
   of its family; contrastN: the same with N% of the pairs made for contrast; pairs40000: with four times as many pairs

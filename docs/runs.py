@@ -111,15 +111,16 @@ TESTS = ["train_*.py", "nanopost/**/*.py", "data/notes/*.py", "tests/conftest.py
 
 # the same commands with a few steps, pairs and prompts each
 QUICK = {
-    r"train_(sft|rm|dpo)\.py": r"train_\1.py --steps 30",
+    r" --steps \d+": "",
+    r"--epochs (0\.6|1\.6)": "--steps 400",  # of pretraining and SFT: a model that ends its answers, after a fashion
+    r"--lr 1e-3 --out \$here/rest": "--lr 1e-3 --steps 30 --out $here/rest",
+    r"train_(rm|dpo)\.py": r"train_\1.py --steps 30",
     r"train_ppo\.py": "train_ppo.py --steps 2",
     r"--keep-every 50": "--keep-every 20",
     r"--keep-every 4 ": "--keep-every 1 ",
     r" --pairs 40000": "",
     r"annotate\.py": "annotate.py --pairs 400 --valid-pairs 40",
     r"nanopost (evaluate|sample)": r"nanopost \1 --limit 20",
-    r"--steps (18|24|100)": "",
-    r"4e-3 --epochs 0\.6": "4e-3 --steps 400",  # of pretraining: a model that ends its answers, after a fashion
     r"tests/proofs --ignore \S+": "tests/proofs/test_losses.py",
 }
 

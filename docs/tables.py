@@ -136,7 +136,7 @@ def pipeline(page: Page, out: Path, stamps: dict):
         distinct = [found[f"{stage}.distinct"] for stage in ("sft", "dpo", "ppo")]
         accuracy = f"{found['rm.accuracy']} of {found['rm.ceiling']}"
         lines.append([seed[4:], *gold, " / ".join(kl), " / ".join(distinct), accuracy, found["rm.reads_prompt"]])
-    head = ["seed", "SFT", "SFT, greedy", "best of 4", "DPO", "PPO", "on one trunk", "two passes", "beta 0"]
+    head = ["seed", "SFT", "SFT, greedy", "best of 4", "DPO", "PPO", "on one trunk", "PPO, two passes", "beta 0"]
     head += ["KL DPO / PPO / beta 0", "distinct SFT / DPO / PPO", "RM's accuracy", "reads the prompt"]
     number["quickstart.minutes"] = fixed(read_report(out / "seed0")[0]["seconds"] / 60, 1)
     _, rows = pipeline_rows(out / "seed0")

@@ -35,8 +35,8 @@ $python train_dpo.py $common --init $out/sft --data $out/prefs/train.jsonl --val
     --beta 0.3 --label-smoothing 0.1 --keep-every 50 --out $out/dpo
 
 stage "RLHF, second half: PPO against the reward model" 14
-# --critic: on the policy's own trunk, the value loss would disturb what speaks. One pass over the answers in eight small
-# steps teaches as much as two passes in four, and takes less time
+# --critic: on the policy's own trunk, the value loss would disturb what speaks. One pass over the answers, in eight
+# steps, teaches as much as two passes of four steps each, and takes less time
 $python train_ppo.py $common --init $out/sft --reward $out/rm --critic $out/rm --steps 24 --lr 7e-4 --epochs 1 \
     --minibatches 8 --keep-every 4 --out $out/ppo
 

@@ -4,10 +4,11 @@ For every prompt, two answers are sampled from the policy and judged by the gold
 
     P(first preferred) = sigma( (g(first) - g(second)) / temperature )                  Bradley-Terry
 
-Each training pair is judged by three annotators, and the majority decides; a held-out pair by one. Every record has the
-probability with which one annotator makes this choice: `nanopost evaluate` needs no more judgements to say how many the
-reward model would predict. Nobody can predict such noisy labels every time: the best possible accuracy, the Bayes
-ceiling, is the mean of max(P, 1-P), reached by whoever knows g. It is printed with the number of pairs.
+Each training pair is judged by three annotators, and the majority decides; a held-out pair by one. Every record has
+the probability with which one annotator makes this choice. With it, one judgement of a held-out pair is enough:
+`nanopost evaluate` computes the share of all judgements that the reward model predicts. Nobody can predict such noisy
+labels every time: the best possible accuracy, the Bayes ceiling, is the mean of max(P, 1-P), reached by whoever knows
+g. It is printed with the number of pairs.
 
     python data/notes/annotate.py --policy out/sft --out out/prefs
 """
@@ -89,8 +90,8 @@ def contrast(kept, families, share, rng):
 
 
 def annotate(policy, tokenizer, path, wanted, votes, seed, rng, config, share=0.0):
-    """The records of one file of prompts: `wanted` pairs of answers, each judged by annotators who vote; `share` of the
-    pairs are for contrast."""
+    """The records of one file of prompts: `wanted` pairs of answers, each judged by `votes` annotators; `share` of them
+    are for contrast."""
     prompts, ids = load_prompts(path, tokenizer, policy.config.block_size - config.max_new_tokens)
     times = math.ceil(wanted / len(ids))  # more pairs than prompts: some prompts again, with other answers
     prompts, ids = (prompts * times)[:wanted], (ids * times)[:wanted]
@@ -124,7 +125,7 @@ def main(config: Config):
         files[f"{name}.jsonl"] = map(json.dumps, records)
         report.append(f"{config.out}/{name}.jsonl: {kept:,} pairs (dropped {dropped} unfinished, empty or equal)")
     ceiling = sum(max(r["probability"], 1 - r["probability"]) for r in records) / len(records)
-    report[1] += f"; no reward model can agree with more than {ceiling:.1%} of all judgements of them"
+    report[1] += f"; no reward model can agree with more than {ceiling:.1%} of the judgements of these pairs"
     write_files(config.out, files)
     print("\n".join(report))
 

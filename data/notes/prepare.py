@@ -252,10 +252,10 @@ def distinct_prompts(rng, count: int, split: str) -> list[dict]:
 
 def vocabulary(texts) -> list[bytes]:
     """The tokens in the order of their ranks: the 256 single bytes, then every word, the most common first. tiktoken
-    takes a word that is a token as it is; any other word becomes bytes."""
+    takes a word that is a token as it is; any other falls apart, mostly into single bytes, which no text teaches."""
     words = re.compile(r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+")  # GPT-2's pattern, for ASCII
-    counts = Counter(word for text in texts for word in words.findall(text))
-    return [bytes([byte]) for byte in range(256)] + [word.encode() for word, _ in counts.most_common() if len(word) > 1]
+    counts = Counter(word.encode() for text in texts for word in words.findall(text))
+    return [bytes([byte]) for byte in range(256)] + [word for word, _ in counts.most_common() if len(word) > 1]
 
 
 def main(config: Config):

@@ -5,7 +5,8 @@
 "use strict";
 
 // ------------------------------------------------------------------------------------------------ the tokenizer
-// Text becomes bytes, bytes become tokens: byte-level BPE. A token is kept as a string with one character a byte.
+// Text becomes bytes, bytes become tokens: byte-level BPE, where a word that is a token is taken whole. A token is kept as
+// a string with one character per byte.
 
 const WHITE = "\\t-\\r \\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000"; // what Python calls white space
 const WORDS = new RegExp( // GPT-2's split pattern: tokens never reach across these pieces
@@ -25,7 +26,7 @@ class Tokenizer {
     const ids = [];
     for (const [word] of text.matchAll(WORDS)) {
       const bytes = Array.from(new TextEncoder().encode(word), byte => String.fromCharCode(byte));
-      const whole = bytes.join(""); // a word that is a token is taken as it is
+      const whole = bytes.join("");
       for (const token of this.ranks.has(whole) ? [whole] : this.merge(bytes)) ids.push(this.ranks.get(token));
     }
     return ids;

@@ -34,12 +34,12 @@ import torch
 
 from nanopost.checkpoint import load_model, same_vocabulary
 from nanopost.config import UserError, at_least, clean
-from nanopost.data import Example, encode_pair, load_prompts, map_batches, map_pairs
+from nanopost.data import Example, encode_pair, load_prompts, map_batches
 from nanopost.device import find_device
 from nanopost.files import atomic
 from nanopost.reads_prompt import other_prompts, read_families, reads_prompt, wins
 from nanopost.records import convert, read_records
-from nanopost.reward import call_reward, load_function, load_reward, load_reward_model
+from nanopost.reward import call_reward, load_function, load_reward, load_reward_model, score_examples
 from nanopost.sampling import sample_text
 from nanopost.tools import at, check_file, parse_temperatures
 from nanopost.tools.sample import best_of, kl_of_best_of
@@ -56,7 +56,7 @@ class Config:
     reward: str = ""  # folder of a reward model, or a Python function: file.py:function; empty: no such column
     gold: str = ""  # the true reward, a Python function: file.py:function; empty: no such columns
     prompts: str = "data/notes/prompts_eval.jsonl"  # held-out prompts
-    pairs: str = ""  # held-out labelled pairs, to measure the reward model's accuracy
+    pairs: str = ""  # held-out labelled pairs, for the reward model's accuracy; a `probability` of the label counts
     limit: int = 500  # use at most this many prompts
     samples: int = 2  # answers per prompt
     max_new_tokens: int = 80  # the longest answer, in tokens
@@ -128,9 +128,10 @@ def summary(values: dict[str, torch.Tensor], samples: int = 1) -> dict:
 def pair_accuracy(model, tokenizer, path: str) -> tuple[float, float | None]:
     """The reward model's accuracy on labelled pairs, and the best possible accuracy where it is known.
 
-    Where a record has the `probability` of its label, as those of data/notes/annotate.py do, the pair counts with the
-    share of judgements that are as the reward model's: no chance is left in it, and the best is the mean of
-    max(p, 1-p). It is known if all records have one. Raises UserError if that is no probability.
+    A record may have the `probability` of its label, as those of data/notes/annotate.py do. The pair then counts with
+    the share of all judgements that agree with the reward model; a pair without one counts whole, and a tie nothing.
+    If all records have one, the best possible accuracy is the mean of max(p, 1-p); otherwise it is None. Raises
+    UserError if a `probability` is no number from 0 to 1.
     """
 
     def encode(where, record):
@@ -140,7 +141,8 @@ def pair_accuracy(model, tokenizer, path: str) -> tuple[float, float | None]:
         return encode_pair(tokenizer, where, record, model.config.block_size), p, "probability" in record
 
     pairs, p, known = zip(*convert(read_records(path), encode, path, "pairs"))
-    chosen, rejected = map_pairs(lambda batch: model.score(batch.ids, batch.lengths), pairs, 64, model.device)  # (P,)
+    sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    chosen, rejected = score_examples(model, sides).chunk(2)  # (P,), (P,)
     p = torch.tensor(p, dtype=torch.float64)  # (P,)
     right = torch.where(chosen > rejected, p, torch.where(chosen < rejected, 1 - p, 0.0)).mean().item()
     return right, torch.maximum(p, 1 - p).mean().item() if all(known) else None

@@ -11,6 +11,7 @@ import torch
 
 from nanopost.checkpoint import load_model
 from nanopost.sampling import generate, sample_text
+from nanopost.tokenizer import Tokenizer
 from nanopost.tools import inspect
 
 playwright = pytest.importorskip("playwright.sync_api", reason='needs playwright: pip install -e ".[browser]"')
@@ -283,6 +284,16 @@ def encode(page, text):
 def test_the_tokenizer_is_that_of_python(page, data, text):
     _, tokenizer = load_model(data["models"][0]["name"])
     assert encode(page, text) == tokenizer.encode(text)
+
+
+def test_a_word_that_is_a_token_is_taken_whole_where_no_two_neighbours_make_it(page):
+    words = [b"the", b" cat", "é".encode(), b"at"]
+    tokenizer = Tokenizer({token: rank for rank, token in enumerate([bytes([i]) for i in range(256)] + words)})
+    tokens = [token.decode("latin-1") for token in tokenizer.ranks]
+    for text in ("the cat", "thecat", "é sat, then the cats"):
+        found = page.evaluate("([tokens, text]) => new Tokenizer(tokens, []).encode(text)", [tokens, text])
+        assert found == tokenizer.encode(text), text
+    assert tokenizer.encode("the cat") == [256, 257]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])

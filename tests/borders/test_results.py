@@ -1,6 +1,7 @@
 """`make results`: what has run is kept until something changes, and its outcome becomes tables and named numbers."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -190,6 +191,16 @@ def test_the_speeds_come_with_the_profile_where_there_is_one(tmp_path):
     path.write_text(json.dumps(figures))
     tables.speed(page, [str(path)])
     assert "2,000" in page.sections["Speed"] and "operations" not in page.sections["Speed"]
+
+
+def test_quick_runs_train_for_a_few_steps_only(tmp_path):
+    scripts = [step.script.replace("\\\n", " ") for step in runs.all_steps(tmp_path, 1, "", quick=True)]
+    commands = [line for script in scripts for line in script.splitlines() if "train_" in line and ".py" in line]
+    assert len(commands) > 12
+    for command in commands:
+        [steps] = re.findall(r"--steps (\d+)", command)
+        assert int(steps) <= (400 if "train_sft.py" in command else 30), command
+        assert "--epochs" not in command or "train_ppo.py" in command, command  # there: passes over a few answers
 
 
 def test_each_reward_model_has_a_row_with_its_own_numbers(tmp_path, monkeypatch):

@@ -423,11 +423,18 @@ def test_pair_accuracy_is_the_share_of_judgements_ranked_right_and_its_ceiling_t
     assert accuracy == pytest.approx(expected) and ceiling is None
 
 
-def test_a_pair_with_two_equal_scores_is_not_ranked_right(workshop, tokenizer):
+def test_a_pair_with_two_equal_scores_is_not_ranked_right(workshop, tokenizer, lines):
     model = load_model(workshop.path("rm"), reward=True)[0].eval()
     torch.nn.init.zeros_(model.head.weight)
-    path = workshop.path("pairs_valid.jsonl")
-    assert pair_accuracy(model, tokenizer, path) == (0.0, None)
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c", "probability": p} for p in (0.2, 0.9)]
+    assert pair_accuracy(model, tokenizer, lines(pairs)) == (0.0, pytest.approx(0.85))
+
+
+def test_a_pair_that_is_of_no_use_counts_in_neither_accuracy(workshop, tokenizer, lines):
+    model = load_model(workshop.path("rm"), reward=True)[0].eval()
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c", "probability": 0.8}
+    useless = [pair | {"chosen": "c", "probability": 0.5}, pair | {"chosen": "b " * 999, "probability": 1}]
+    assert pair_accuracy(model, tokenizer, lines([pair, *useless])) == pair_accuracy(model, tokenizer, lines([pair]))
 
 
 @pytest.mark.parametrize(
