@@ -309,7 +309,7 @@ def closer_look(page: Page, measured: dict):
     number |= {f"slips.{stage}": percent(share) for stage, share in measured["slips"].items()}
     gap = measured["gap"]
     number |= {f"gap.{part.replace(' ', '-')}": fixed(points, 1) for part, points in [*gap["parts"].items()][:8]}
-    number["gap.total"] = fixed(gap["total"], 1)
+    number |= {"gap.total": fixed(gap["total"], 1), "gap.with-sft": fixed(gap["with_sft"], 1)}
     page.section(
         "What the reward model does not see",
         f"Seed 0, {gap['pairs']:,} held-out pairs. A pair in the wrong order costs accuracy; what it costs goes to\n"

@@ -158,15 +158,24 @@ def test_the_gap_below_the_best_accuracy_goes_to_the_parts_that_were_not_seen(li
         texts = [tokenizer.decode(example.response).removesuffix("<|end|>") for example in examples]
         return torch.tensor([float(rewards[text]) for text in texts])
 
+    def sequence_logprobs(model, examples):  # the first pair with the garbled answer last, but equal in the first
+        return torch.tensor(
+            [-99.0 if "Lamp the" in tokenizer.decode(example.response) else -9.0 for example in examples]
+        )
+
     monkeypatch.setattr(measure, "score_examples", score_examples)
+    monkeypatch.setattr(measure, "sequence_logprobs", sequence_logprobs)
     model = SimpleNamespace(config=SimpleNamespace(block_size=512))
-    gap = measure.gap(model, tokenizer, lines([first, second]))
-    assert measure.gap(model, tokenizer, lines([again, second])) == gap
+    gap = measure.gap(model, model, tokenizer, lines([first, second]))
+    assert measure.gap(model, model, tokenizer, lines([again, second])) == gap
     # 0.6 - 0.4 of the first pair's judgements for the closing; 0.9 - 0.1 of the second's for no slip and a greeting
     assert gap["pairs"] == 2 and gap["total"] == pytest.approx(100 * (0.2 + 0.8) / 2)
     assert gap["parts"] == pytest.approx({"unknown": 40 * 1.7 / 2.7, "greeting": 40 * 1 / 2.7, "closing": 10})
+    assert gap["with_sft"] == gap["total"]
+    rewards |= {slipped: 1.1}  # hardly more than the other answer's: now the log-probability decides
+    assert measure.gap(model, model, tokenizer, lines([first, second]))["with_sft"] == pytest.approx(100 * 0.2 / 2)
     rewards |= {greeted: -1}
-    assert measure.gap(model, tokenizer, lines([first, again]))["total"] == 0
+    assert measure.gap(model, model, tokenizer, lines([first, again]))["total"] == 0
 
 
 def test_a_slip_is_an_answer_with_a_clause_that_no_template_makes(monkeypatch):
