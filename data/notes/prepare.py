@@ -49,7 +49,7 @@ DEFECTS = {
     "wrong name": (0.01, 0.00, 0.02),
     "wrong thing": (0.01, 0.00, 0.03),
     "wrong sum": (0.02, 0.00, 0.04),
-    "guess": (0.50, 0.50, 0.50),  # in a sum of three steps
+    "guess": (0.67, 0.67, 0.67),  # in a sum of three steps
     "vague": (0.60, 0.00, 0.15),
     "one fact": (0.80, 0.02, 0.40),
     "no x": (0.85, 0.03, 0.60),

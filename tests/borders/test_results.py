@@ -158,10 +158,9 @@ def test_the_gap_below_the_best_accuracy_goes_to_the_parts_that_were_not_seen(li
         texts = [tokenizer.decode(example.response).removesuffix("<|end|>") for example in examples]
         return torch.tensor([float(rewards[text]) for text in texts])
 
-    def sequence_logprobs(model, examples):  # the first pair with the garbled answer last, but equal in the first
-        return torch.tensor(
-            [-99.0 if "Lamp the" in tokenizer.decode(example.response) else -9.0 for example in examples]
-        )
+    def sequence_logprobs(model, examples):  # the garbled answer is unlikely, the others are alike
+        garbled = ["Lamp the" in tokenizer.decode(example.response) for example in examples]
+        return torch.where(torch.tensor(garbled), -99.0, -9.0)
 
     monkeypatch.setattr(measure, "score_examples", score_examples)
     monkeypatch.setattr(measure, "sequence_logprobs", sequence_logprobs)

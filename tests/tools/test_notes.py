@@ -551,7 +551,7 @@ def test_sft_answers_are_a_mixture_from_bad_to_perfect(data):
         if "result" in part:
             results[gold.read_prompt(prompt)[0]].append(part["result"] > 0)
     assert 0.93 < sum(results["sum"]) / len(results["sum"]) < 1
-    assert 0.4 < sum(results["steps"]) / len(results["steps"]) < 0.65  # half of the writers guess
+    assert 0.3 < sum(results["steps"]) / len(results["steps"]) < 0.5  # two writers of three guess
 
 
 @pytest.mark.parametrize("family", world.REQUESTS)
