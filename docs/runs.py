@@ -33,16 +33,16 @@ PREPARE = "$python data/notes/prepare.py\n"
 # with two passes over the answers of an iteration, in four steps each
 HACKED = """
 $python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --critic $OUT/rm --beta 0 \\
-    --steps 24 --lr 7e-4 --epochs 1 --minibatches 8 --keep-every 4 --out $OUT/ppo-beta0
+    --steps 30 --epochs 1 --minibatches 8 --keep-every 5 --out $OUT/ppo-beta0
 $python -m nanopost evaluate $OUT/sft $OUT/dpo/step-* $OUT/ppo/step-* $OUT/ppo-beta0/step-* --reference $OUT/sft \\
     --reward $OUT/rm --gold data/notes/gold.py:score --limit 200 --samples 1 --show 0 --json $OUT/kl.json
 $python -m nanopost plot $OUT/kl.json --out $OUT/plots || echo "(no pictures)"
 $python -m nanopost evaluate $OUT/ppo-beta0 --reference $OUT/sft --reward $OUT/rm --gold data/notes/gold.py:score \\
     --json $OUT/hacked.json
-$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --steps 24 --lr 7e-4 \\
-    --epochs 1 --minibatches 8 --out $OUT/ppo-trunk
-$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --critic $OUT/rm --steps 24 --lr 7e-4 \\
-    --epochs 2 --minibatches 4 --out $OUT/ppo-two-passes
+$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --steps 30 --epochs 1 \\
+    --minibatches 8 --out $OUT/ppo-trunk
+$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --critic $OUT/rm --steps 30 --epochs 2 \\
+    --minibatches 4 --out $OUT/ppo-two-passes
 $python -m nanopost evaluate $OUT/ppo-trunk $OUT/ppo-two-passes --reference $OUT/sft --reward $OUT/rm \\
     --gold data/notes/gold.py:score --json $OUT/variants.json
 """
@@ -117,7 +117,7 @@ QUICK = {
     r"train_(rm|dpo)\.py": r"train_\1.py --steps 30",
     r"train_ppo\.py": "train_ppo.py --steps 2",
     r"--keep-every 50": "--keep-every 20",
-    r"--keep-every 4 ": "--keep-every 1 ",
+    r"--keep-every 5 ": "--keep-every 1 ",
     r" --pairs 40000": "",
     r"annotate\.py": "annotate.py --pairs 400 --valid-pairs 40",
     r"nanopost (evaluate|sample)": r"nanopost \1 --limit 20",
