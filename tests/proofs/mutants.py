@@ -731,7 +731,7 @@ DATA = {
             "pair.rejected for pair in pairs[::-1]",
         ),
     ],
-    "nanopost.data.load_pairs": [("the sides swapped", '("chosen", "rejected")', '("rejected", "chosen")')],
+    "nanopost.data.encode_pair": [("the sides swapped", '("chosen", "rejected")', '("rejected", "chosen")')],
     "nanopost.data.encode_answer": [
         ("the prompt is a target", "[False] * len(prompt)", "[True] * len(prompt)"),
         ("the mask one token early", "[False] * len(prompt) + mask", "[False] * (len(prompt) - 1) + mask + [False]"),
