@@ -69,7 +69,7 @@ PROPERTIES = {  # functions whose names begin so: the tests that look at them, i
     "nanopost.data.Batch": SAMPLER + STEPS + named(test_rollout, "a_reward"),
     "nanopost.data.Batch.responses": named(test_rollout, "a_reward"),
     "nanopost.data.batches": WIRING,
-    "nanopost.data.load_pairs": WIRING,
+    "nanopost.data.encode_pair": WIRING,
     "nanopost.data.encode_answer": TARGETS,
     "nanopost.tokenizer": TARGETS,
     "nanopost.model": [
