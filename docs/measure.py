@@ -130,39 +130,39 @@ def slips(model, tokenizer, prompts, ids) -> float:
     return sum("unknown" in gold.explain(prompt, a.text) for prompt, a in zip(prompts, answers, strict=True)) / len(ids)
 
 
-def gap(reward_model, sft, tokenizer, path: str) -> dict:
-    """Why the reward model stays below the best possible accuracy, in points (0.01) of it: {part of gold: points}.
+def unseen(records: list[dict], scores: torch.Tensor) -> dict[str, float]:
+    """What these scores of chosen, then rejected answers (2P,) miss of the best possible accuracy, in points (0.01) of
+    it: {part of the gold reward: points}, the most first.
 
     A pair in the wrong order costs what its better answer is preferred more often than its worse one. That goes to the
-    parts of the gold reward in which the better answer is better, in proportion. `with_sft` is what is missing if 0.3
-    of the SFT model's log-probability of the answer is added to the reward, both scaled to standard deviation 1.
+    parts of the gold reward in which the better answer is better, in proportion.
     """
+    chosen, rejected = scores.chunk(2)
+    points = Counter()
+    for record, agrees in zip(records, (chosen > rejected).tolist(), strict=True):
+        p = record["probability"]
+        if agrees == (p > 0.5) or p == 0.5:
+            continue
+        better, worse = (gold.explain(record["prompt"], record[side]) for side in ("chosen", "rejected"))
+        if p < 0.5:
+            better, worse = worse, better
+        ahead = {part: better.get(part, 0) - worse.get(part, 0) for part in {**better, **worse}}
+        ahead = {part: x for part, x in ahead.items() if x > 0}
+        for part, x in ahead.items():
+            points[part] += 100 * abs(2 * p - 1) / len(records) * x / sum(ahead.values())
+    return dict(points.most_common())
+
+
+def gap(reward_model, sft, tokenizer, path: str) -> dict:
+    """What the reward model misses on these pairs, and what it would miss if 0.3 of the SFT model's log-probability of
+    the answer were added to the reward, both scaled to standard deviation 1."""
     records = [record for _, record in read_records(path)]
     pairs = load_pairs(path, tokenizer, reward_model.config.block_size)
     sides = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     rewards = score_examples(reward_model, sides).double()
     logprobs = sequence_logprobs(sft, sides)
     mixed = rewards / rewards.std() + 0.3 * logprobs / logprobs.std()
-
-    def wrong(scores):
-        """(record, points that it costs) of every pair in the wrong order."""
-        chosen, rejected = scores.chunk(2)
-        for record, agrees in zip(records, (chosen > rejected).tolist(), strict=True):
-            p = record["probability"]
-            if agrees != (p > 0.5):
-                yield record, 100 * abs(2 * p - 1) / len(pairs)
-
-    parts = Counter()
-    for record, cost in wrong(rewards):
-        better, worse = (gold.explain(record["prompt"], record[side]) for side in ("chosen", "rejected"))
-        if record["probability"] < 0.5:
-            better, worse = worse, better
-        ahead = {part: better.get(part, 0) - worse.get(part, 0) for part in {**better, **worse}}
-        ahead = {part: x for part, x in ahead.items() if x > 0}
-        for part, x in ahead.items():
-            parts[part] += cost * x / sum(ahead.values())
-    total, with_sft = (sum(cost for _, cost in wrong(scores)) for scores in (rewards, mixed))
-    return {"pairs": len(pairs), "total": total, "with_sft": with_sft, "parts": dict(parts.most_common())}
+    return {"pairs": len(pairs), "parts": unseen(records, rewards), "with_sft": unseen(records, mixed)}
 
 
 @torch.no_grad()

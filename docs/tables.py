@@ -309,13 +309,17 @@ def closer_look(page: Page, measured: dict):
     number |= {f"slips.{stage}": percent(share) for stage, share in measured["slips"].items()}
     gap = measured["gap"]
     number |= {f"gap.{part.replace(' ', '-')}": fixed(points, 1) for part, points in [*gap["parts"].items()][:8]}
-    number |= {"gap.total": fixed(gap["total"], 1), "gap.with-sft": fixed(gap["with_sft"], 1)}
+    number |= {"gap.total": fixed(sum(gap["parts"].values()), 1)}
+    number |= {"gap.with-sft": fixed(sum(gap["with_sft"].values()), 1)}
+    number |= {"gap.with-sft.unknown": fixed(gap["with_sft"]["unknown"], 1)}
+    lines = [[part, fixed(x), fixed(gap["with_sft"].get(part, 0.0))] for part, x in [*gap["parts"].items()][:8]]
     page.section(
         "What the reward model does not see",
         f"Seed 0, {gap['pairs']:,} held-out pairs. A pair in the wrong order costs accuracy; what it costs goes to\n"
         "the parts of the gold reward in which the better answer is better. unknown: a slip of the pen, a clause that\n"
-        f"no template makes. {number['gap.total']} points of accuracy in all; the parts with the most:",
-        quotes.write_block("gap", table(["part", "points"], *([p, fixed(x)] for p, x in [*gap["parts"].items()][:8]))),
+        f"no template makes. {number['gap.total']} points of accuracy in all, {number['gap.with-sft']} with 0.3 standard\n"
+        "deviations of the SFT model's log-probability of the answer added to the reward; the parts with the most:",
+        quotes.write_block("gap", table(["part", "points", "with the log-probability"], *lines)),
     )
     tokens = "   ".join(f"{reward:+.3f} {token!r}" for reward, token in shortest["tokens"])
     page.section(

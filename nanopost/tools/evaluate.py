@@ -56,7 +56,7 @@ class Config:
     reward: str = ""  # folder of a reward model, or a Python function: file.py:function; empty: no such column
     gold: str = ""  # the true reward, a Python function: file.py:function; empty: no such columns
     prompts: str = "data/notes/prompts_eval.jsonl"  # held-out prompts
-    pairs: str = ""  # held-out labelled pairs, for the reward model's accuracy; a `probability` of the label counts
+    pairs: str = ""  # held-out labelled pairs (with the probability of each label, if known), to measure --reward on
     limit: int = 500  # use at most this many prompts
     samples: int = 2  # answers per prompt
     max_new_tokens: int = 80  # the longest answer, in tokens

@@ -168,13 +168,14 @@ def test_the_gap_below_the_best_accuracy_goes_to_the_parts_that_were_not_seen(li
     gap = measure.gap(model, model, tokenizer, lines([first, second]))
     assert measure.gap(model, model, tokenizer, lines([again, second])) == gap
     # 0.6 - 0.4 of the first pair's judgements for the closing; 0.9 - 0.1 of the second's for no slip and a greeting
-    assert gap["pairs"] == 2 and gap["total"] == pytest.approx(100 * (0.2 + 0.8) / 2)
-    assert gap["parts"] == pytest.approx({"unknown": 40 * 1.7 / 2.7, "greeting": 40 * 1 / 2.7, "closing": 10})
-    assert gap["with_sft"] == gap["total"]
+    assert gap["pairs"] == 2 and gap["parts"] == pytest.approx(
+        {"unknown": 40 * 1.7 / 2.7, "greeting": 40 * 1 / 2.7, "closing": 10}
+    )
+    assert gap["with_sft"] == gap["parts"]
     rewards |= {slipped: 1.1}  # hardly more than the other answer's: now the log-probability decides
-    assert measure.gap(model, model, tokenizer, lines([first, second]))["with_sft"] == pytest.approx(100 * 0.2 / 2)
+    assert measure.gap(model, model, tokenizer, lines([first, second]))["with_sft"] == pytest.approx({"closing": 10})
     rewards |= {greeted: -1}
-    assert measure.gap(model, model, tokenizer, lines([first, again]))["total"] == 0
+    assert measure.gap(model, model, tokenizer, lines([first, again]))["parts"] == {}
 
 
 def test_a_slip_is_an_answer_with_a_clause_that_no_template_makes(monkeypatch):
@@ -199,6 +200,31 @@ def test_the_speeds_come_with_the_profile_where_there_is_one(tmp_path):
     path.write_text(json.dumps(figures))
     tables.speed(page, [str(path)])
     assert "2,000" in page.sections["Speed"] and "operations" not in page.sections["Speed"]
+
+
+def test_every_number_of_a_seed_stands_under_its_own_head(tmp_path):
+    columns = ("gold", "reward", "win_rate", "kl", "entropy", "length", "ended", "distinct")
+
+    def write(name, stages):
+        rows = [{"stage": stage, **dict.fromkeys(columns, gold)} for stage, gold in stages.items()]
+        rows = [row | {f"{column}_stderr": 0.0 for column in columns} for row in rows]
+        report = {"rows": rows, "gold_max": 5.0, "seconds": 60.0, "rm_accuracy": 0.7, "rm_accuracy_ceiling": 0.75}
+        (tmp_path / "seed0" / name).write_text(json.dumps(report | {"reads_prompt": 0.5}))
+
+    (tmp_path / "seed0").mkdir()
+    write("report.json", {"sft": 1.0, "sft@0": 0.9, "sft best of 4": 2.0, "dpo": 3.0, "ppo": 4.0})
+    write("hacked.json", {"ppo-beta0": -4.0})
+    write("variants.json", {"ppo-trunk": 3.5, "ppo-two-passes": 3.75})
+    page = tables.Page()
+    tables.pipeline(page, tmp_path, {"data": {}, "seed0": {}})
+    lines = page.sections["The pipeline"].splitlines()
+    head, _, row = [line.strip("|").split("|") for line in lines if line.startswith("|")][-3:]
+    cells = {name.strip(): cell.strip() for name, cell in zip(head, row, strict=True)}
+    gold = {"SFT": "1.00", "SFT, greedy": "0.90 (-2%)", "best of 4": "2.00 (25%)", "DPO": "3.00 (50%)"}
+    gold |= {"PPO": "4.00 (75%)", "on one trunk": "3.50", "PPO, two passes": "3.75", "beta 0": "-4.00"}
+    assert gold.items() <= cells.items()
+    assert cells["RM's accuracy"] == "70.0% of 75.0%" and cells["KL DPO / PPO / beta 0"] == "3.00 / 4.00 / -4.00"
+    assert page.numbers["ppo-two-passes.gold"] == "3.75" and page.numbers["dpo.way"] == "50%"
 
 
 def test_quick_runs_train_for_a_few_steps_only(tmp_path):
