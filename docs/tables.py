@@ -317,8 +317,9 @@ def closer_look(page: Page, measured: dict):
         "What the reward model does not see",
         f"Seed 0, {gap['pairs']:,} held-out pairs. A pair in the wrong order costs accuracy; what it costs goes to\n"
         "the parts of the gold reward in which the better answer is better. unknown: a slip of the pen, a clause that\n"
-        f"no template makes. {number['gap.total']} points of accuracy in all, {number['gap.with-sft']} with 0.3 standard\n"
-        "deviations of the SFT model's log-probability of the answer added to the reward; the parts with the most:",
+        f"no template makes. {number['gap.total']} points of accuracy in all, {number['gap.with-sft']} with 0.3\n"
+        "standard deviations of the SFT model's log-probability of the answer added to the reward. The parts with\n"
+        "the most:",
         quotes.write_block("gap", table(["part", "points", "with the log-probability"], *lines)),
     )
     tokens = "   ".join(f"{reward:+.3f} {token!r}" for reward, token in shortest["tokens"])

@@ -29,6 +29,15 @@ def test_a_write_that_fails_in_the_middle_leaves_the_old_file(tmp_path):
     assert contents(tmp_path) == {"file": b"old"}
 
 
+def test_a_file_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls, fsync, rename = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: calls.append("fsync") or fsync(f))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("rename") or rename(*paths))
+    with atomic(str(tmp_path / "file")) as f:
+        f.write("new")
+    assert calls == ["fsync", "rename"] and contents(tmp_path) == {"file": b"new"}
+
+
 def test_a_file_appears_only_when_it_is_complete(tmp_path):
     path = tmp_path / "file"
     with atomic(str(path), "wb") as f:

@@ -624,6 +624,14 @@ def test_the_training_pairs_are_put_to_the_vote_and_the_held_out_ones_are_not(an
     assert asked == [(len(train), 5), (len(valid), 1)]
 
 
+def test_held_out_answers_are_sampled_with_other_random_numbers(annotator, monkeypatch):
+    seeds = []
+    real = annotate.sample_text
+    monkeypatch.setattr(annotate, "sample_text", lambda *a, seed: seeds.append(seed) or real(*a, seed=seed))
+    annotator(seed=3)
+    assert len(seeds) == len(set(seeds)) == 2
+
+
 def test_no_more_pairs_are_made_than_asked_for(annotator):
     train, valid = annotator(pairs=5, valid_pairs=40)
     assert 0 < len(train) <= 5 < len(valid)
