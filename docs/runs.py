@@ -25,20 +25,16 @@ from nanopost.config import UserError
 from nanopost.resume import meaning
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICKSTART = ROOT / "recipes" / "quickstart.sh"
+QUICKSTART, HACKING = (ROOT / "recipes" / name for name in ("quickstart.sh", "hacking.sh"))
 
 PREPARE = "$python data/notes/prepare.py\n"
 
-# after quickstart, in its folder: PPO without a penalty, a picture of all kept copies, PPO without a critic, and PPO
-# with two passes over the answers of an iteration, in four steps each
-HACKED = """
-$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --critic $OUT/rm --beta 0 \\
-    --steps 30 --epochs 1 --minibatches 8 --keep-every 5 --out $OUT/ppo-beta0
+# after quickstart and PPO without a penalty, in their folder: a picture of all kept copies, PPO without a critic, and
+# PPO with two passes over the answers of an iteration, in four steps each
+VARIANTS = """
 $python -m nanopost evaluate $OUT/sft $OUT/dpo/step-* $OUT/ppo/step-* $OUT/ppo-beta0/step-* --reference $OUT/sft \\
     --reward $OUT/rm --gold data/notes/gold.py:score --limit 200 --samples 1 --show 0 --json $OUT/kl.json
 $python -m nanopost plot $OUT/kl.json --out $OUT/plots || echo "(no pictures)"
-$python -m nanopost evaluate $OUT/ppo-beta0 --reference $OUT/sft --reward $OUT/rm --gold data/notes/gold.py:score \\
-    --json $OUT/hacked.json
 $python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --steps 30 --epochs 1 \\
     --minibatches 8 --out $OUT/ppo-trunk
 $python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --critic $OUT/rm --steps 30 --epochs 2 \\
@@ -112,7 +108,7 @@ TESTS = ["train_*.py", "nanopost/**/*.py", "data/notes/*.py", "tests/conftest.py
 # the same commands with a few steps, pairs and prompts each
 QUICK = {
     r" --steps \d+": "",
-    r"--epochs (0\.6|1\.6)": "--steps 400",  # of pretraining and SFT: a model that ends its answers, after a fashion
+    r"--epochs (1|1\.6) --out": "--steps 400 --out",  # of pretraining and SFT: a model that ends its answers, after a fashion
     r"--lr 1e-3 --out \$here/rest": "--lr 1e-3 --steps 30 --out $here/rest",
     r"train_(rm|dpo)\.py": r"train_\1.py --steps 30",
     r"train_ppo\.py": "train_ppo.py --steps 2",
@@ -142,7 +138,7 @@ def all_steps(out: Path, seeds: int, instructions: str, quick: bool) -> list[Ste
     if PREPARE not in quickstart:
         raise UserError(f"{QUICKSTART.name} has no line {PREPARE.strip()!r}")
     # the data are a step of their own: two runs at a time would write the same files
-    quickstart = quickstart.replace(PREPARE, "") + HACKED
+    quickstart = quickstart.replace(PREPARE, "") + HACKING.read_text(encoding="utf-8") + VARIANTS
     steps = [Step("data", PREPARE, ["data/notes/*.py"])]
     for seed in range(seeds):
         name = f"seed{seed}"

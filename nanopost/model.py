@@ -68,15 +68,18 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of every layer, for B rows of at most S tokens.
+    """Keys and values of every layer, for B rows of at most S tokens. S begins as `length` and grows with the rows.
 
     pos (B,) is the column of each row's next token; no row has more than `used` tokens; a decoding step attends to the
     first `span` columns. Raises ValueError if S exceeds the context.
     """
 
+    GROWTH = 32  # columns at a time: to grow is to copy everything
+
     def __init__(self, config: GPTConfig, rows: int, length: int, device=None, dtype=torch.float32):
-        if length > config.block_size:
-            raise ValueError(f"{length} tokens are longer than the context of {config.block_size}")
+        self.context = config.block_size
+        if length > self.context:
+            raise ValueError(f"{length} tokens are longer than the context of {self.context}")
         head = config.n_embd // config.n_head
         shape = (config.n_layer, 2, rows, config.n_head, length, head)  # (L, 2, B, H, S, D)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
@@ -88,15 +91,17 @@ class KVCache:
         self.pos, self.used = lengths.clone(), longest
 
     def extend(self):
-        """Before every decoding step: each row is about to get a token. Raises ValueError if there is no room."""
+        """Before every decoding step: each row is about to get a token. Raises ValueError if the context is full."""
+        if self.used == self.context:
+            raise ValueError(f"the cache is full: the context has {self.context} tokens")
         room = self.kv.shape[4]
         if self.used == room:
-            raise ValueError(f"the cache is full: it has room for {room} tokens")
+            self.kv = F.pad(self.kv, (0, 0, 0, min(self.GROWTH, self.context - room)))
         self.used += 1
-        self.span = min(math.ceil(self.used / 8) * 8, room)  # a multiple of 8: few shapes occur
+        self.span = min(math.ceil(self.used / 8) * 8, self.kv.shape[4])  # a multiple of 8: few shapes occur
 
     def keep(self, rows: torch.Tensor):
-        """Drops all rows but these (an index or a mask)."""
+        """The rows are these from now on (an index, in which a row may occur often, or a mask)."""
         self.kv, self.pos = self.kv[:, :, rows], self.pos[rows]
 
 
@@ -118,8 +123,12 @@ class Attention(nn.Module):
             rows = torch.arange(B, device=x.device)
             kv[0, rows, :, pos], kv[1, rows, :, pos] = k[:, :, 0].to(kv.dtype), v[:, :, 0].to(kv.dtype)
             k, v = kv[:, :, :, : mask.shape[-1]]  # (B, H, S, D) each
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        if mask is None:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        else:  # the same, written out: faster on a CPU, where there is one query per row
+            scores = q @ k.transpose(2, 3) / math.sqrt(C // self.n_head) + mask  # (B, H, 1, S)
+            y = scores.softmax(-1).to(v.dtype) @ v
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

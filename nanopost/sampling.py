@@ -68,6 +68,10 @@ class Decoding:
             ids[row, : len(prompt)] = torch.tensor(prompt)
         self.model = model
         self.ids = ids.to(device)
+        first = {}  # prompt -> the first row that has it
+        first_row = [first.setdefault(tuple(prompt), row) for row, prompt in enumerate(prompts)]
+        different, copy_of = torch.tensor(first_row).unique(return_inverse=True)  # (U,), (R,)
+        self.different, self.copy_of = different.to(device), copy_of.to(device)
         self.prompt_lengths = torch.tensor([len(prompt) for prompt in prompts]).to(device)
         self.lengths = self.prompt_lengths.clone()
         self.logprobs = upcast(model.wte.weight.new_zeros(R, S - 1))
@@ -77,14 +81,15 @@ class Decoding:
         self.token = None
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else model.wte.weight.dtype
-        self.cache = KVCache(model.config, R, S, device, dtype)
+        self.cache = KVCache(model.config, len(different), P, device, dtype)
         self.longest_prompt = P
 
     def prefill(self) -> torch.Tensor:
-        """The forward pass over the prompts: hidden states at the last token of each, (R, C)."""
-        hidden = self.model(self.ids[:, : self.longest_prompt], self.cache)  # (R, P, C)
+        """The forward pass over the U different prompts: hidden states at the last token of each row's, (R, C)."""
+        hidden = self.model(self.ids[self.different, : self.longest_prompt], self.cache)  # (U, P, C)
+        self.cache.keep(self.copy_of)
         self.cache.fill(self.prompt_lengths, self.longest_prompt)
-        return hidden[self.rows, self.prompt_lengths - 1]
+        return hidden[self.copy_of, self.prompt_lengths - 1]
 
     def step(self) -> torch.Tensor:
         """The forward pass over the last tokens: the next hidden states, (n, C). Call cache.extend() first."""
@@ -105,11 +110,11 @@ class Decoding:
         self.token = token
 
     def drop_ended(self, at_once: bool) -> int:
-        """Drops the rows that have ended: all at once, or only when half have, since it copies the cache. Returns how
+        """Drops the rows that have ended: all at once, or only when a third have, since it copies the cache. Returns how
         many are still going."""
         stay = (~self.ended[self.rows]).nonzero()[:, 0]  # which of the n rows
         going = len(stay)
-        if going <= (len(self.rows) - 1 if at_once else len(self.rows) // 2):
+        if going <= (len(self.rows) - 1 if at_once else 2 * len(self.rows) // 3):
             self.rows = self.rows[stay]
             self.token = self.token[stay]
             self.cache.keep(stay)
@@ -191,11 +196,11 @@ def sample_text(
 ) -> list[Example]:  # fmt: skip
     """Samples a response to each prompt: Examples with text, ended and logprob, in the order of the prompts.
 
-    Prompts of similar length are sampled together, at most batch_size rows and BATCH_TOKENS tokens at a time: this
-    changes no sample. noise (N, max_new_tokens) is as in generate; by default it is drawn from the seed."""
+    Prompts of similar length are sampled together, and equal ones side by side, at most batch_size rows and BATCH_TOKENS
+    tokens at a time: this changes no sample. noise (N, max_new_tokens) is as in generate; by default it is drawn from the seed."""
     if noise is None:
         noise = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
-    order = length_order(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))
     examples = [None] * len(prompts)
     while order:
         longest = len(prompts[order[min(batch_size, len(order)) - 1]]) + max_new_tokens

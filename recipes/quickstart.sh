@@ -17,7 +17,7 @@ $python data/notes/prepare.py
 
 stage "pretraining: every token is a target" 15
 $python train_sft.py $common --init scratch --data data/notes/base_train.jsonl --valid data/notes/base_valid.jsonl \
-    --lr 4e-3 --epochs 0.6 --out $out/base
+    --lr 4e-3 --epochs 1 --out $out/base
 
 stage "SFT: imitate demonstrations, most of them curt" 21
 $python train_sft.py $common --init $out/base --data data/notes/sft_train.jsonl --valid data/notes/sft_valid.jsonl \
@@ -45,10 +45,6 @@ $python -m nanopost evaluate $out/sft $out/dpo $out/ppo --reference $out/sft --r
     --gold data/notes/gold.py:score --pairs $out/prefs/valid.jsonl --temperature 0,1 --best-of 4 --since $started \
     --json $out/report.json
 
-stage "PPO without a penalty, briefly: how the reward model is hacked" 6
-$python train_ppo.py $common --init $out/sft --reward $out/rm --critic $out/rm --beta 0 --lr 2e-3 --steps 18 \
-    --epochs 1 --minibatches 8 --batch-size 64 --valid "" --keep-every 3 --out $out/hacked
-
 stage "a page that shows every token of the answers: open it in a browser" 4
-$python -m nanopost inspect $out/sft $out/dpo $out/ppo $out/hacked $out/base --reference $out/sft --reward $out/rm \
+$python -m nanopost inspect $out/sft $out/dpo $out/ppo $out/base --reference $out/sft --reward $out/rm \
     --gold data/notes/gold.py:score --pairs $out/prefs/valid.jsonl --out $out/inspect.html

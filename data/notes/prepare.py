@@ -35,7 +35,7 @@ from world import (
     slots_of,
 )
 
-BASE_TRAIN, BASE_VALID = 30_000, 500  # documents
+BASE_TRAIN, BASE_VALID = 18_000, 500  # documents
 SFT_TRAIN, SFT_VALID = 20_000, 500  # records
 PROMPTS_TRAIN, PROMPTS_EVAL, PROMPTS_SHIFTED = 5_000, 500, 220  # distinct prompts
 TWO_TURNS = 0.08  # share of the SFT records that are conversations with two requests

@@ -14,10 +14,11 @@ distinct    distinct answers / answers
 
 --temperature 0,0.5,1 gives each policy three rows: sft@0 (greedy), sft@0.5 and sft. pi is what the answers were sampled
 from, softmax(logits / temperature). The reference is one fixed distribution, its answers and its log-probabilities are
-those at temperature 1, so all rows are compared with the same thing. Greedy rows have neither KL nor entropy.
+those at temperature 1, so all rows are compared with the same thing. Greedy rows have neither KL nor entropy, and one
+answer to each prompt instead of --samples.
 
---best-of 4 adds a row: of every 4 answers of the reference at temperature 1, the one with the highest reward. Its KL is
-not measured; what the table gives as "at most" is the bound log n - (n-1)/n (Beirami et al., arXiv 2401.01879).
+--best-of 4 adds a row: of 4 answers of the reference to each prompt, the one with the highest reward. Its KL is not
+measured; what the table gives as "at most" is the bound log n - (n-1)/n (Beirami et al., arXiv 2401.01879).
 
 With --reward it is also printed how often the reward reads the prompt: the share of the reference's answers with a
 higher reward under their own prompt than under another one. A reward that ignores the prompt gets 50%.
@@ -225,22 +226,23 @@ def main(config: Config):
     others = None
     if judge and len({json.dumps(prompt) for prompt in prompts}) > 1:
         others = other_prompts(prompts, read_families(config.prompts, prompts), config.seed)
-    prompts, ids = prompts * config.samples, ids * config.samples  # N = P * samples
 
-    def sample(model, seed, temperature=1.0, n=1):
-        """n answers to each prompt, N after N."""
-        if temperature == 0:  # the same answer every time: decoded once
-            return sample_text(model, tokenizer, ids[:P], config.max_new_tokens, temperature=0) * config.samples
+    def sample(model, seed, temperature=1.0, n=config.samples):
+        """n answers to each prompt, P after P."""
         return sample_text(model, tokenizer, ids * n, config.max_new_tokens, temperature=temperature, seed=seed)
 
+    def asked(answers):
+        """The prompts of these answers."""
+        return prompts * (len(answers) // P)
+
     def grade(answers):
-        return call_reward(gold, prompts, [answer.text for answer in answers]) if gold else None
+        return call_reward(gold, asked(answers), [answer.text for answer in answers]) if gold else None
 
     of_reference = sample(reference, config.seed + 1) if gold or others else []
     reference_gold = grade(of_reference)
     if others:
         check_finite(of_reference, {}, config.reference)
-        share = reads_prompt(judge, prompts, of_reference, others * config.samples)
+        share = reads_prompt(judge, asked(of_reference), of_reference, others * config.samples)
         report["reads_prompt"] = share
         print(f"reads the prompt: {share:.0%} (answers with a higher reward under their own prompt than under another)")
 
@@ -248,32 +250,35 @@ def main(config: Config):
     measured = []
 
     def add(folder, stage, temperature, answers, logprobs=None, reference_logprobs=None, **more):
-        rewards = judge(prompts, answers) if judge else None
-        values = measure(answers, logprobs, reference_logprobs, rewards, grade(answers), reference_gold)
-        if temperature == 0:
-            values["distinct"] *= config.samples  # each prompt has got the same answer that often
+        N = len(answers)  # a multiple of P
+        rewards = judge(asked(answers), answers) if judge else None
+        against = reference_gold[:N] if gold else None
+        values = measure(answers, logprobs, reference_logprobs, rewards, grade(answers), against)
         check_finite(answers, values, " or ".join(filter(None, (folder, config.reference, config.reward))))
         measured.append((stage, answers, values))
-        row = {"stage": stage, "temperature": temperature, **summary(values, config.samples), **more}
+        row = {"stage": stage, "temperature": temperature, **summary(values, N // P), **more}
         report["rows"].append(row)
 
     for folder, policy in zip(config.policies, policies):
         for temperature in parse_temperatures(config.temperature):
-            answers = sample(policy, config.seed, temperature)
-            logprobs = []
-            if temperature > 0:
+            stage = name_of(folder) + at(temperature)
+            if temperature == 0:  # the same answer every time: one will do
+                add(folder, stage, 0, sample(policy, config.seed, 0, n=1))
+            else:
+                answers = sample(policy, config.seed, temperature)
                 logprobs = [sequence_logprobs(policy, answers, temperature), sequence_logprobs(reference, answers)]
-            add(folder, name_of(folder) + at(temperature), temperature, answers, *logprobs)
+                add(folder, stage, temperature, answers, *logprobs)
     if config.best_of:
         n = config.best_of
         candidates = sample(reference, config.seed + 2, n=n)
-        scores = judge(prompts * n, candidates).view(n, -1).T  # (N, n)
-        best = [candidates[k * len(ids) + i] for i, k in enumerate(best_of(scores).tolist())]
+        scores = judge(asked(candidates), candidates).view(n, P).T  # (P, n)
+        best = [candidates[k * P + i] for i, k in enumerate(best_of(scores).tolist())]
         add(config.reference, f"{name_of(config.reference)} best of {n}", 1.0, best, kl_bound=kl_of_best_of(n))
 
     # The table and the report
     print_answers([tokenizer.decode(prompt) for prompt in ids[: config.show]], measured)
-    print(f"\n{len(ids)} answers to {P} prompts of {config.prompts}\n")
+    each = f"{config.samples} answers" if config.samples > 1 else "an answer"
+    print(f"\n{P} prompts of {config.prompts}, {each} to each (greedy, best of n: one)\n")
     print(table(report["rows"]) + "\n")
     report["seconds"] = round(time.time() - started, 1)
     print(f"{report['seconds']:.0f} s")

@@ -271,7 +271,8 @@ def test_the_scalar_head_computes_in_fp32_even_under_autocast(tiny):
 def test_decoding_step_by_step_equals_the_full_forward_for_prompts_of_different_lengths(model):
     ids, prompts, steps = random_ids(4, 20), torch.tensor([3, 9, 1, 6]), 8
     full, rows = model(ids), torch.arange(4)
-    cache = KVCache(model.config, 4, 9 + steps, dtype=torch.float64)
+    cache = KVCache(model.config, 4, 9, dtype=torch.float64)
+    cache.GROWTH = 3  # so that it grows on the way
     padded = ids[:, :9].masked_fill(torch.arange(9) >= prompts[:, None], 7)
     torch.testing.assert_close(model(padded, cache)[rows, prompts - 1], full[rows, prompts - 1], rtol=0, atol=1e-10)
     cache.fill(prompts, 9)
@@ -296,13 +297,32 @@ def test_rows_dropped_from_the_cache_leave_the_others_as_they_were(model):
 
 
 @torch.no_grad()
-def test_decoding_beyond_the_context_or_the_cache_raises_valueerror(model):
+def test_a_row_may_be_kept_more_than_once(model):
+    """What a prompt costs once, several answers to it share."""
+    ids, prompts, rows = random_ids(2, 12), torch.tensor([4, 6]), torch.tensor([1, 0, 1, 1])
+    cache = KVCache(model.config, 2, 6, dtype=torch.float64)
+    model(ids[:, :6], cache)
+    cache.keep(rows)
+    cache.fill(prompts[rows], 6)
+    cache.extend()
+    tokens = torch.tensor([8, 3, 5, 8])
+    hidden = model(tokens[:, None], cache)
+    for row, token, found in zip(rows.tolist(), tokens, hidden[:, 0]):
+        alone = torch.cat([ids[row, : prompts[row]], token[None]])
+        torch.testing.assert_close(found, model(alone[None])[0, -1], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_decoding_beyond_the_context_raises_valueerror(model):
     with pytest.raises(ValueError, match="32 tokens are longer than the context of 24"):
         KVCache(model.config, 1, 32)
     cache = KVCache(model.config, 1, 20, dtype=torch.float64)
     model(random_ids(1, 20), cache)
     cache.fill(torch.tensor([20]), 20)
-    with pytest.raises(ValueError, match="room for 20 tokens"):
+    for _ in range(4):
+        cache.extend()
+    assert cache.kv.shape[4] == cache.span == 24
+    with pytest.raises(ValueError, match="the context has 24 tokens"):
         cache.extend()
 
 

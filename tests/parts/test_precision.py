@@ -67,7 +67,7 @@ def every_rounding():
     def linear(x, weight, bias=None):
         return rounded(F.linear(rounded(x), rounded(weight), None if bias is None else rounded(bias)))
 
-    def attention(q, k, v, attn_mask, dropout_p, is_causal):
+    def attention(q, k, v, dropout_p, is_causal):
         scores = rounded(rounded(q) @ rounded(k).mT / math.sqrt(q.shape[-1]))  # (B, H, T, T)
         seen = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
         return rounded(rounded(scores.masked_fill(~seen, -math.inf).softmax(-1)) @ rounded(v))

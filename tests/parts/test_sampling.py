@@ -339,15 +339,15 @@ def test_a_decoding_by_hand_is_generate(model):
 def test_rows_that_have_ended_are_dropped_all_at_once_or_when_half_have(model):
     rows = Decoding(model, PROMPTS, 12, pad=0)
     rows.append(rows.prefill(), END, torch.rand(6, 12), 1.0, 0, 1.0)
-    rows.ended[:] = torch.tensor([False, True, False, False, True, False])
+    rows.ended[:] = torch.tensor([False, True, False, False, False, False])
     token = rows.token
-    assert rows.drop_ended(at_once=False) == 4 and len(rows.rows) == 6  # 4 of 6 still going: not worth a copy
-    rows.ended[0] = True
-    assert rows.drop_ended(at_once=False) == 3 and rows.rows.tolist() == [2, 3, 5]
-    assert torch.equal(rows.token, token[[2, 3, 5]]) and rows.cache.pos.tolist() == [9, 2, 2]
+    assert rows.drop_ended(at_once=False) == 5 and len(rows.rows) == 6  # 5 of 6 still going: not worth a copy
+    rows.ended[4] = True
+    assert rows.drop_ended(at_once=False) == 4 and rows.rows.tolist() == [0, 2, 3, 5]
+    assert torch.equal(rows.token, token[[0, 2, 3, 5]]) and rows.cache.pos[1:].tolist() == [9, 2, 2]
     rows.ended[3] = True
-    assert rows.drop_ended(at_once=False) == 2 and len(rows.rows) == 3
-    assert rows.drop_ended(at_once=True) == 2 and rows.rows.tolist() == [2, 5]
+    assert rows.drop_ended(at_once=False) == 3 and len(rows.rows) == 4
+    assert rows.drop_ended(at_once=True) == 3 and rows.rows.tolist() == [0, 2, 5]
     rows.ended[:] = True
     assert rows.drop_ended(at_once=True) == 0
 

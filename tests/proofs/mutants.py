@@ -781,7 +781,9 @@ MODEL = {
     ],
     "nanopost.model.GPT.logits": [("unused rows of the matrix get probability", "[..., : self.config.vocab_size]", "")],
     "nanopost.model.Attention.forward": [
-        ("tokens see their future", "is_causal=mask is None", "is_causal=False"),
+        ("tokens see their future", "is_causal=True", "is_causal=False"),
+        ("scores of the decoder not scaled", " / math.sqrt(C // self.n_head)", ""),
+        ("the decoder sees columns not yet written", " + mask  #", "  #"),
         ("heads mixed up", ".transpose(1, 2).reshape(B, T, C)", ".reshape(B, T, C)"),
     ],
     "nanopost.model.GPT.forward": [
@@ -790,7 +792,7 @@ MODEL = {
         (
             "positions of the padded row, not of the token",
             "position = cache.pos[:, None]",
-            "position = torch.full_like(cache.pos, cache.span)[:, None]",
+            "position = torch.full_like(cache.pos, cache.used - 1)[:, None]",
         ),
     ],
 }
@@ -826,6 +828,8 @@ SAMPLING = {
     ],
     "nanopost.sampling.Decoding.prefill": [
         ("the prompt's last column, padding or not", "self.prompt_lengths - 1]", "-1]"),
+        ("every row has the first prompt", "self.cache.keep(self.copy_of)", "self.cache.keep(self.copy_of * 0)"),
+        ("every row starts from the first prompt", "hidden[self.copy_of,", "hidden[self.copy_of * 0,"),
         (
             "the cache begins one token early",
             "fill(self.prompt_lengths, ",
