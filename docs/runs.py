@@ -88,7 +88,7 @@ $python -m nanopost evaluate $seed0/sft --reference $seed0/sft --reward $here/rm
 BETAS = """
 for beta in 0.1 1; do
     $python train_dpo.py --init $seed0/sft --data $seed0/prefs/train.jsonl --valid "" --beta $beta \\
-        --label-smoothing 0.1 --out $here/dpo-$beta
+        --batch-size 64 --lr 4e-4 --label-smoothing 0.1 --out $here/dpo-$beta
 done
 $python -m nanopost evaluate $here/dpo-0.1 $here/dpo-1 --reference $seed0/sft --reward $seed0/rm \\
     --gold data/notes/gold.py:score --json $here/report.json
@@ -108,11 +108,11 @@ TESTS = ["train_*.py", "nanopost/**/*.py", "data/notes/*.py", "tests/conftest.py
 # the same commands with a few steps, pairs and prompts each
 QUICK = {
     r" --steps \d+": "",
-    r"--epochs (1|1\.6) --out": "--steps 400 --out",  # of pretraining and SFT: a model that ends its answers, after a fashion
+    r"--epochs (1|1\.6) --out": "--steps 400 --out",  # pretraining and SFT: a model that ends its answers
     r"--lr 1e-3 --out \$here/rest": "--lr 1e-3 --steps 30 --out $here/rest",
     r"train_(rm|dpo)\.py": r"train_\1.py --steps 30",
     r"train_ppo\.py": "train_ppo.py --steps 2",
-    r"--keep-every 50": "--keep-every 20",
+    r"--keep-every 25": "--keep-every 20",
     r"--keep-every 5 ": "--keep-every 1 ",
     r" --pairs 40000": "",
     r"annotate\.py": "annotate.py --pairs 400 --valid-pairs 40",

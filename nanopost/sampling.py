@@ -110,8 +110,8 @@ class Decoding:
         self.token = token
 
     def drop_ended(self, at_once: bool) -> int:
-        """Drops the rows that have ended: all at once, or only when a third have, since it copies the cache. Returns how
-        many are still going."""
+        """Drops the rows that have ended: all at once, or only when a third have, since it copies the cache. Returns
+        how many are still going."""
         stay = (~self.ended[self.rows]).nonzero()[:, 0]  # which of the n rows
         going = len(stay)
         if going <= (len(self.rows) - 1 if at_once else 2 * len(self.rows) // 3):
@@ -196,8 +196,9 @@ def sample_text(
 ) -> list[Example]:  # fmt: skip
     """Samples a response to each prompt: Examples with text, ended and logprob, in the order of the prompts.
 
-    Prompts of similar length are sampled together, and equal ones side by side, at most batch_size rows and BATCH_TOKENS
-    tokens at a time: this changes no sample. noise (N, max_new_tokens) is as in generate; by default it is drawn from the seed."""
+    Prompts of similar length are sampled together, equal ones side by side, at most batch_size rows and BATCH_TOKENS
+    tokens at a time: this changes no sample. noise (N, max_new_tokens) is as in generate; by default it is drawn from the
+    seed."""
     if noise is None:
         noise = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))

@@ -15,24 +15,24 @@ stage() { # stage NAME SHARE: what begins now, its share of the whole in %, and 
 stage "the data: documents, demonstrations, prompts and the vocabulary" 2
 $python data/notes/prepare.py
 
-stage "pretraining: every token is a target" 15
+stage "pretraining: every token is a target" 14
 $python train_sft.py $common --init scratch --data data/notes/base_train.jsonl --valid data/notes/base_valid.jsonl \
     --lr 4e-3 --epochs 1 --out $out/base
 
-stage "SFT: imitate demonstrations, most of them curt" 21
+stage "SFT: imitate demonstrations, most of them curt" 23
 $python train_sft.py $common --init $out/base --data data/notes/sft_train.jsonl --valid data/notes/sft_valid.jsonl \
     --lr 2e-3 --epochs 1.6 --out $out/sft
 
-stage "preferences: two answers of the SFT model to each prompt, judged by the simulated annotator" 8
+stage "preferences: two answers of the SFT model to each prompt, judged by the simulated annotator" 9
 $python data/notes/annotate.py --seed $seed --policy $out/sft --out $out/prefs
 
-stage "RLHF, first half: a reward model learned from these preferences" 9
+stage "RLHF, first half: a reward model learned from these preferences" 12
 $python train_rm.py $common --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl --out $out/rm
 
-stage "DPO: the preferences without a reward model" 14
-# annotators err: --label-smoothing keeps DPO from believing every label
+stage "DPO: the preferences without a reward model" 16
+# annotators err: --label-smoothing keeps DPO from believing every label, large batches from following a few of them
 $python train_dpo.py $common --init $out/sft --data $out/prefs/train.jsonl --valid $out/prefs/valid.jsonl \
-    --beta 0.3 --label-smoothing 0.1 --keep-every 50 --out $out/dpo
+    --batch-size 64 --lr 4e-4 --beta 0.3 --label-smoothing 0.1 --keep-every 25 --out $out/dpo
 
 stage "RLHF, second half: PPO against the reward model" 14
 # --critic: on the policy's own trunk, the value loss would disturb what speaks. One pass over the answers, in eight
@@ -45,6 +45,6 @@ $python -m nanopost evaluate $out/sft $out/dpo $out/ppo --reference $out/sft --r
     --gold data/notes/gold.py:score --pairs $out/prefs/valid.jsonl --temperature 0,1 --best-of 4 --since $started \
     --json $out/report.json
 
-stage "a page that shows every token of the answers: open it in a browser" 4
+stage "a page that shows every token of the answers: open it in a browser" 3
 $python -m nanopost inspect $out/sft $out/dpo $out/ppo $out/base --reference $out/sft --reward $out/rm \
     --gold data/notes/gold.py:score --pairs $out/prefs/valid.jsonl --out $out/inspect.html
