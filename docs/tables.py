@@ -142,8 +142,9 @@ def pipeline(page: Page, out: Path, stamps: dict):
     _, rows = pipeline_rows(out / "seed0")
     page.section(
         "The pipeline",
-        "`recipes/quickstart.sh` with seed 0, on 500 held-out prompts with 2 answers each (greedy, best of 4: one), mean\n"
-        "± standard error. STAGE@0 is greedy decoding; ppo-beta0 is PPO without a penalty, of `recipes/hacking.sh`:",
+        "`recipes/quickstart.sh` with seed 0, on 500 held-out prompts with 2 answers each (greedy, best of 4: one),\n"
+        "mean ± standard error. STAGE@0 is greedy decoding; ppo-beta0 is the run of `recipes/hacking.sh`, without a\n"
+        "penalty:",
         quotes.write_block("quickstart-full", report_table(rows, *COLUMNS)),
         "gold: the true reward, from -5 to 5. score: the reward model's. win rate: against the SFT model, by gold, a\n"
         "tie counting half. KL: to the SFT model, in nats per answer. entropy in nats, length in tokens, per answer.",

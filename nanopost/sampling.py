@@ -197,8 +197,8 @@ def sample_text(
     """Samples a response to each prompt: Examples with text, ended and logprob, in the order of the prompts.
 
     Prompts of similar length are sampled together, equal ones side by side, at most batch_size rows and BATCH_TOKENS
-    tokens at a time: this changes no sample. noise (N, max_new_tokens) is as in generate; by default it is drawn from the
-    seed."""
+    tokens at a time: this changes no sample. noise (N, max_new_tokens) is as in generate; by default it is drawn from
+    the seed."""
     if noise is None:
         noise = torch.rand(len(prompts), max_new_tokens, generator=torch.Generator().manual_seed(seed))
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), prompts[i]))

@@ -250,6 +250,15 @@ def test_a_row_alone_is_the_row_in_a_batch(model):
         torch.testing.assert_close(alone.logprobs[0], batch.logprobs[row, : length - 1], rtol=0, atol=1e-5)
 
 
+def test_equal_prompts_are_read_once_and_answered_as_if_alone(model, monkeypatch):
+    prompts, noise = [PROMPTS[i] for i in (2, 0, 2, 1, 0, 2)], torch.rand(6, 12)
+    alone = [generate(model, [p], 12, END, noise=noise[i : i + 1]).responses()[0] for i, p in enumerate(prompts)]
+    read, forward = [], type(model).forward
+    monkeypatch.setattr(type(model), "forward", lambda *args: read.append(len(args[1])) or forward(*args))
+    assert generate(model, prompts, 12, END, noise=noise).responses() == alone
+    assert read[0] == 3 and read[1] == 6  # three different prompts, then six answers
+
+
 def test_how_often_ended_rows_are_dropped_changes_nothing(model, monkeypatch):
     results = []
     for every in (1, 3, 100):
@@ -336,7 +345,7 @@ def test_a_decoding_by_hand_is_generate(model):
 
 
 @torch.no_grad()
-def test_rows_that_have_ended_are_dropped_all_at_once_or_when_half_have(model):
+def test_rows_that_have_ended_are_dropped_all_at_once_or_when_a_third_have(model):
     rows = Decoding(model, PROMPTS, 12, pad=0)
     rows.append(rows.prefill(), END, torch.rand(6, 12), 1.0, 0, 1.0)
     rows.ended[:] = torch.tensor([False, True, False, False, False, False])
