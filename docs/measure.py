@@ -28,6 +28,7 @@ from train_ppo import token_rewards  # noqa: E402
 
 STAGES = ("base", "sft", "dpo", "ppo", "ppo-beta0")
 NEW_TOKENS = 80
+BETA = 0.15  # of quickstart's PPO
 PROMPTS = "data/notes/prompts_eval.jsonl"
 EXAMPLES = (  # of the kind that every text on the subject uses
     "Write a polite email declining an invitation.",
@@ -77,11 +78,11 @@ def kl_estimates(policy, reference, sample) -> dict:
 
 
 def shortest_answer(policy, reference, reward_model, sample, tokenizer) -> dict:
-    """The token rewards of PPO, at beta 0.1, for the shortest of the policy's answers."""
+    """The token rewards of PPO, at the beta of quickstart, for the shortest of the policy's answers."""
     batch = sample(policy)
     k1 = log_ratios(policy, reference, batch)
     scores = reward_model.score(batch.ids, batch.lengths)
-    rewards = token_rewards(scores, k1, torch.zeros_like(k1), batch.mask, 0.1)
+    rewards = token_rewards(scores, k1, torch.zeros_like(k1), batch.mask, BETA)
     row = int(batch.mask.sum(1).argmin())
     columns = batch.mask[row].nonzero()[:, 0].tolist()
     tokens = [[rewards[row, t].item(), tokenizer.decode([int(batch.ids[row, t + 1])])] for t in columns]

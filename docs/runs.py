@@ -35,10 +35,10 @@ VARIANTS = """
 $python -m nanopost evaluate $OUT/sft $OUT/dpo/step-* $OUT/ppo/step-* $OUT/ppo-beta0/step-* --reference $OUT/sft \\
     --reward $OUT/rm --gold data/notes/gold.py:score --limit 200 --samples 1 --show 0 --json $OUT/kl.json
 $python -m nanopost plot $OUT/kl.json --out $OUT/plots || echo "(no pictures)"
-$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --steps 30 --epochs 1 \\
-    --minibatches 8 --out $OUT/ppo-trunk
-$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --critic $OUT/rm --steps 30 --epochs 2 \\
-    --minibatches 4 --out $OUT/ppo-two-passes
+$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --beta 0.15 \\
+    --steps 30 --epochs 1 --minibatches 8 --out $OUT/ppo-trunk
+$python train_ppo.py --seed $SEED --overwrite --init $OUT/sft --reward $OUT/rm --critic $OUT/rm --beta 0.15 \\
+    --steps 30 --epochs 2 --minibatches 4 --out $OUT/ppo-two-passes
 $python -m nanopost evaluate $OUT/ppo-trunk $OUT/ppo-two-passes --reference $OUT/sft --reward $OUT/rm \\
     --gold data/notes/gold.py:score --json $OUT/variants.json
 """

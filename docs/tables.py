@@ -326,7 +326,7 @@ def closer_look(page: Page, measured: dict):
     tokens = "   ".join(f"{reward:+.3f} {token!r}" for reward, token in shortest["tokens"])
     page.section(
         "Token rewards",
-        "Those of the shortest answer of PPO's policy (seed 0), at beta 0.1:",
+        "Those of the shortest answer of PPO's policy (seed 0), at beta 0.15:",
         quotes.write_block("shortest", f"    {tokens}"),
     )
 

@@ -37,8 +37,8 @@ $python train_dpo.py $common --init $out/sft --data $out/prefs/train.jsonl --val
 stage "RLHF, second half: PPO against the reward model" 14
 # --critic: on the policy's own trunk, the value loss would disturb what speaks. One pass over the answers, in eight
 # steps, teaches no less than two passes of four steps each, and takes less time
-$python train_ppo.py $common --init $out/sft --reward $out/rm --critic $out/rm --steps 30 --epochs 1 --minibatches 8 \
-    --keep-every 5 --out $out/ppo
+$python train_ppo.py $common --init $out/sft --reward $out/rm --critic $out/rm --beta 0.15 --steps 30 --epochs 1 \
+    --minibatches 8 --keep-every 5 --out $out/ppo
 
 stage "the result, on held-out prompts, by the true reward that no training saw" 7
 $python -m nanopost evaluate $out/sft $out/dpo $out/ppo --reference $out/sft --reward $out/rm \

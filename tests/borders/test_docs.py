@@ -312,9 +312,9 @@ STRICT = [path for path in results.pages() if path.parent in (ROOT, ROOT / "docs
 CONSTANTS = {  # phrases of the documents whose numbers nobody measured, and where they are from
     "sampled at 0.7": "the temperature that kl.cold was measured at (docs/measure.py)",
     "Add to the reward 0.3 standard deviations": "the better of 0.1 and 0.3 on an earlier run's pairs",
-    "= 0.1$": "the default of --beta",
+    "= 0.15$": "quickstart's --beta of PPO",
     "= 0.3$": "quickstart's --beta of DPO",
-    "default of 0.1": "the default of --beta",
+    "PPO has 0.15": "quickstart's --beta",
     "loss 0.693": "ln 2",
     "above 0.3 or an approxkl above 0.1": "rules of thumb",
     "about 1.5 billion parameters": "an estimate from the bytes per parameter",
