@@ -36,7 +36,7 @@ $python train_dpo.py $common --init $out/sft --data $out/prefs/train.jsonl --val
 
 stage "RLHF, second half: PPO against the reward model" 14
 # --critic: on the policy's own trunk, the value loss would disturb what speaks. One pass over the answers, in eight
-# steps, teaches no less than two passes of four steps each, and takes less time
+# steps, ends about where two passes of four steps each do, and takes less time
 $python train_ppo.py $common --init $out/sft --reward $out/rm --critic $out/rm --beta 0.15 --steps 30 --epochs 1 \
     --minibatches 8 --keep-every 5 --out $out/ppo
 
