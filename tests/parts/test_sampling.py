@@ -479,6 +479,18 @@ def test_sample_text_bounds_the_tokens_of_a_batch_and_that_changes_nothing(model
     assert len(sizes) > 1 and max(sizes) <= 60
 
 
+def test_sample_text_puts_equal_prompts_side_by_side(model, monkeypatch):
+    batches, real = [], sampling.generate
+
+    def watched(model, part, *rest, **options):
+        batches.append(part)
+        return real(model, part, *rest, **options)
+
+    monkeypatch.setattr(sampling, "generate", watched)
+    sample_text(model, LETTERS, [[1, 2], [3], [2, 1], [1, 2], [3], [2, 1]], 6, batch_size=2)
+    assert batches == [[[3], [3]], [[1, 2], [1, 2]], [[2, 1], [2, 1]]]
+
+
 def test_sample_text_depends_on_its_seed_only(model):
     def texts(seed):
         torch.rand(seed + 1)  # the global random numbers do not matter

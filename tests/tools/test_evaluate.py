@@ -285,11 +285,15 @@ def test_each_policy_has_a_row_for_each_temperature_with_its_own_kl_and_entropy(
     assert [row["temperature"] for row in result["rows"]] == [0, 0.5, 1]
     assert {"kl", "entropy", "kl_stderr", "entropy_stderr"}.isdisjoint(cold) and "gold" in cold and "win_rate" in cold
     reference = load_model(workshop.path("sft"))[0]
+    greedy = sample_text(load_model(workshop.path("base"))[0], tokenizer, asked[1][:5], 8, temperature=0)
+    assert cold["length"] == sum(len(answer.response) for answer in greedy) / 5
     for row, t in ((half, 0.5), (plain, 1.0)):
         answers = sample_text(load_model(workshop.path("base"))[0], tokenizer, asked[1], 8, temperature=t)
         sampled = torch.tensor([answer.logprob for answer in answers], dtype=torch.float64)
         assert row["kl"] == pytest.approx((sampled - sequence_logprobs(reference, answers)).mean().item(), abs=1e-3)
         assert row["entropy"] == pytest.approx(-sampled.mean().item(), abs=1e-3)
+        of_prompts = sampled.view(3, 5).mean(0)  # the three answers to a prompt are not independent
+        assert row["entropy_stderr"] == pytest.approx((of_prompts.std() / 5**0.5).item(), abs=1e-3)
     assert report(tmp_path, options, policies=[workshop.path("base")])["rows"] == [plain]
     assert report(tmp_path, options, policies=[workshop.path("base")], temperature="0")["rows"] == [cold]
     assert "| base@0.5 |" in capsys.readouterr().out
