@@ -286,7 +286,8 @@ def test_each_policy_has_a_row_for_each_temperature_with_its_own_kl_and_entropy(
     assert {"kl", "entropy", "kl_stderr", "entropy_stderr"}.isdisjoint(cold) and "gold" in cold and "win_rate" in cold
     reference = load_model(workshop.path("sft"))[0]
     greedy = sample_text(load_model(workshop.path("base"))[0], tokenizer, asked[1][:5], 8, temperature=0)
-    assert cold["length"] == sum(len(answer.response) for answer in greedy) / 5
+    golds = evaluate.load_function(options["gold"])(asked[0][:5], [answer.text for answer in greedy])
+    assert cold["gold"] == pytest.approx(sum(golds) / 5)
     for row, t in ((half, 0.5), (plain, 1.0)):
         answers = sample_text(load_model(workshop.path("base"))[0], tokenizer, asked[1], 8, temperature=t)
         sampled = torch.tensor([answer.logprob for answer in answers], dtype=torch.float64)
