@@ -79,7 +79,8 @@ def judge(results):
     )
     won = [over_dpo["verdict"] == "b", over_rest["verdict"] == "b" and over_rest["difference"] > 0.05]
     if won[0] and not won[1]:
-        why += "PPO beats DPO. Imitation (ReST) is not to be told apart from it: few right answers are enough to imitate."
+        why += "PPO beats DPO. Imitation (ReST) is not to be told apart from it: few right answers are enough to "
+        why += "imitate."
     return (REPLICATES if all(won) else IN_PART if any(won) else NOT_HERE), why
 
 
