@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # After quickstart: the same PPO without its penalty. The score of the reward model rises above PPO's, the true reward
-# falls below the SFT model's: the reward model is hacked. A minute; the page in out/inspect.html then shows this run too.
+# falls below the SFT model's: the reward model is hacked. The page in out/inspect.html then shows this run too. It
+# takes a minute and a half.
 # SEED, OUT and PYTHON are as in quickstart.sh.
 set -e
 python=${PYTHON:-python} seed=${SEED:-0} out=${OUT:-out}
