@@ -258,6 +258,15 @@ def test_each_reward_model_has_a_row_with_its_own_numbers(tmp_path, monkeypatch)
     assert page.numbers["pairs40000.accuracy"] == "80.0%" and page.numbers["contrast50.reads_prompt"] == "71%"
 
 
+def test_ppo_has_the_same_beta_wherever_it_is_named():
+    """What is measured beside quickstart's PPO must not be left behind when the recipe changes."""
+    beta, other = f"--beta {measure.BETA} ", f"at beta {measure.BETA}:"
+    assert re.findall(r"train_ppo\.py .*(--beta \S+ )", runs.QUICKSTART.read_text()) == [beta]
+    assert re.findall(r"--beta \S+ ", runs.VARIANTS) == [beta, beta]
+    assert other in (runs.ROOT / "docs" / "tables.py").read_text()
+    assert f"$\\beta = {measure.BETA}$" in (runs.ROOT / "docs" / "faq.md").read_text()
+
+
 def test_what_was_not_measured_stays_as_it_was(capsys):
     sections = ["# Results", "## The pipeline\n\nOld.", "## Real instructions\n\nBefore.\n\n| a |", "## Speed\n\nFast."]
     earlier = "\n\n".join([*sections, quotes.write_list("legend", {"ppo.gold": "1.00", "instructions.kl": "2.7"})])
