@@ -68,7 +68,7 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of every layer, for B rows of at most S tokens. S begins as `length` and grows with the rows.
+    """Keys and values of every layer, for B rows of at most S tokens. S begins as `length` and grows as they do.
 
     pos (B,) is the column of each row's next token; no row has more than `used` tokens; a decoding step attends to the
     first `span` columns. Raises ValueError if S exceeds the context.
@@ -128,7 +128,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         else:  # the same, written out: faster on a CPU, where there is one query per row
             scores = q @ k.transpose(2, 3) / math.sqrt(C // self.n_head) + mask  # (B, H, 1, S)
-            y = scores.softmax(-1).to(v.dtype) @ v
+            y = scores.softmax(-1) @ v
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

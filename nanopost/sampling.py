@@ -12,7 +12,8 @@ from nanopost.model import GPT, KVCache, upcast
 
 CHECK_EVERY = 4  # decoding steps between two looks at which rows have ended
 PART_ROWS = 64  # rows at least in a part of in_parts: products of fewer rows take longer per row
-BATCH_TOKENS = 2**16  # tokens of a batch in sample_text: 5 GB of keys and values in fp32 for GPT-2 124M
+# Tokens of a batch in sample_text: 5 GB of keys and values for GPT-2 124M in fp32, twice that while the cache grows
+BATCH_TOKENS = 2**16
 
 
 def filter_logits(logits: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:

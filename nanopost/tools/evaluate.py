@@ -277,8 +277,7 @@ def main(config: Config):
 
     # The table and the report
     print_answers([tokenizer.decode(prompt) for prompt in ids[: config.show]], measured)
-    each = f"{config.samples} answers" if config.samples > 1 else "an answer"
-    print(f"\n{P} prompts of {config.prompts}, {each} to each (greedy, best of n: one)\n")
+    print(f"\n{P} prompts of {config.prompts}; answers to each: {config.samples} (greedy, best of n: 1)\n")
     print(table(report["rows"]) + "\n")
     report["seconds"] = round(time.time() - started, 1)
     print(f"{report['seconds']:.0f} s")

@@ -248,7 +248,7 @@ def test_the_report_has_a_row_for_each_policy_with_every_column_and_its_error(tm
     assert 0 <= result["rm_accuracy"] <= 1 and result["rm_accuracy_ceiling"] is None
     assert result["seconds"] >= 0
     out = capsys.readouterr().out
-    assert "3 answers to each" in out and "win_rate" in out
+    assert "answers to each: 3" in out and "win_rate" in out
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
